@@ -1,0 +1,314 @@
+"""One pass of the float graph over the calibration data: ranges, second moments, outputs.
+
+Everything is accumulated batch by batch; no activation outlives its batch. Memory: a batch's
+activations (bounded by splitting it), a histogram a tensor, K×K float64 for each layer with K
+inputs to an output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+
+from autoquant.errors import ModelError, TaskError, nearest
+from autoquant.graph import Graph, Layer, attributes
+from autoquant.runtime import OnnxRuntime, OnnxSession
+from autoquant.task import Array, Split
+
+METHODS = ("minmax", "percentile", "mse", "entropy")
+BINS = 8192
+_BATCH_BYTES = 256 << 20  # of activations at a time
+_SAMPLE = 1 << 16  # histogram samples a tensor and batch; minimum and maximum see every element
+
+
+@dataclass(slots=True)
+class Histogram:
+    """Counts over ``BINS`` equal bins of [-limit, limit], with the exact minimum and maximum.
+
+    ``limit`` doubles (bins merge in pairs) when a later batch is larger.
+    """
+
+    minimum: float = float("inf")
+    maximum: float = float("-inf")
+    limit: float = 0.0
+    counts: Array = field(default_factory=lambda: np.zeros(BINS))
+
+    def add(self, values: Array) -> None:
+        """Count ``values`` (any shape, finite): a strided sample, extremes over all."""
+        flat = values.reshape(-1)
+        if not flat.size:
+            return
+        low, high = float(flat.min()), float(flat.max())
+        if not (np.isfinite(low) and np.isfinite(high)):
+            raise ValueError("NaN or infinity")
+        self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
+        peak = max(abs(low), abs(high))
+        if self.limit == 0.0:
+            self.limit = 2.0 ** np.ceil(np.log2(max(peak, 1e-30)))
+        while peak > self.limit:
+            half = BINS // 4
+            merged = self.counts.reshape(-1, 2).sum(1)
+            self.counts = np.zeros(BINS)
+            self.counts[half : 3 * half] = merged
+            self.limit *= 2
+        step = max(1, flat.size // _SAMPLE) | 1  # odd: does not alias with channel counts
+        index = (flat[::step].astype(np.float64) + self.limit) * (BINS / (2 * self.limit))
+        index = np.clip(index.astype(np.int64), 0, BINS - 1)
+        self.counts += np.bincount(index, minlength=BINS)
+
+    def centers(self) -> tuple[Array, Array]:
+        """Centres and counts of the bins that hold anything, centres inside the extremes."""
+        used = np.flatnonzero(self.counts)
+        width = 2 * self.limit / BINS
+        centers = np.clip((used + 0.5) * width - self.limit, self.minimum, self.maximum)
+        return centers, self.counts[used]
+
+    def range(self, method: str, bits: int) -> tuple[float, float]:
+        """The range to quantize to with ``bits``; it always contains zero.
+
+        ``minmax``; ``percentile``: 99.99 % of the values; ``mse``: least squared error at
+        these bits (Choukroun et al. 2019); ``entropy``: least KL divergence (Migacz 2017).
+        """
+        low, high = min(self.minimum, 0.0), max(self.maximum, 0.0)
+        if not np.isfinite(low) or high - low < 1e-12:
+            return 0.0, max(high, 1e-6)
+        centers, counts = self.centers()
+        if method == "minmax" or bits > 8 or len(centers) < 2:
+            return low, high
+        if method == "percentile":
+            share = np.cumsum(counts) / counts.sum()
+            first = centers[np.searchsorted(share, 5e-5)]
+            last = centers[min(int(np.searchsorted(share, 1 - 5e-5)), len(centers) - 1)]
+            return min(float(first), 0.0), max(float(last), 1e-6 if low == 0 else 0.0)
+        error = _squared_error if method == "mse" else _divergence
+        levels = 2**bits - 1
+        best = (low, high)
+        least = error(centers, counts, low, high, levels)
+        shrink = np.linspace(1.0, 0.15 if bits < 8 else 0.4, 40)[1:]
+        for side in ("both", "low", "high") if low < 0 < high else ("both",):
+            start = best
+            for factor in shrink:
+                trial = (
+                    start[0] * (factor if side != "high" else 1.0),
+                    start[1] * (factor if side != "low" else 1.0),
+                )
+                value = error(centers, counts, *trial, levels)
+                if value < least:
+                    least, best = value, trial
+        return best
+
+
+def _squared_error(x: Array, weight: Array, low: float, high: float, levels: int) -> float:
+    scale = (high - low) / levels
+    quantized = np.clip(np.round((x - low) / scale), 0, levels) * scale + low
+    return float(weight @ (x - quantized) ** 2)
+
+
+def _divergence(x: Array, weight: Array, low: float, high: float, levels: int) -> float:
+    """KL of the histogram from its quantized self; what is clipped counts at the edges."""
+    scale = (high - low) / levels
+    level = np.clip(np.round((x - low) / scale), 0, levels).astype(np.int64)
+    mass = np.bincount(level, weight, minlength=levels + 1)
+    inside = (x >= low) & (x <= high)
+    bins = np.bincount(level, inside, minlength=levels + 1)
+    spread = mass[level] / np.maximum(bins[level], 1)
+    p = weight / weight.sum()
+    q = np.where(inside, spread, 1e-9 * weight)
+    q = np.maximum(q / q.sum(), 1e-12)
+    return float((p * np.log(p / q)).sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Second moments of what a layer's weights multiply.
+
+    ``second``: E[x xᵀ], shape (groups, K, K); ``mean``: E[x], shape (groups, K); K is the
+    inputs of one output (k·k·I/g for a convolution). ``samples``: positions seen.
+    """
+
+    second: Array
+    mean: Array
+    samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What one pass over the calibration data found.
+
+    ``histograms``: by tensor name. ``moments``: by layer name, empty unless asked for.
+    ``outputs``: the float network's outputs on the calibration inputs, for each output one
+    array a batch (a dynamic axis may differ).
+    """
+
+    histograms: dict[str, Histogram]
+    moments: dict[str, Moments]
+    outputs: tuple[tuple[Array, ...], ...]
+    samples: int
+    method: str = "mse"
+    _ranges: dict[tuple[str, int], tuple[float, float]] = field(default_factory=dict)
+
+    def range(self, tensor: str, bits: int) -> tuple[float, float]:
+        """The calibrated range of an activation tensor; contains zero. Kept once found."""
+        key = (tensor, bits)
+        if key not in self._ranges:
+            self._ranges[key] = self.histograms[tensor].range(self.method, bits)
+        return self._ranges[key]
+
+
+def calibrate(
+    graph: Graph, split: Split, *, method: str = "mse", moments: bool = False, threads: int = 0
+) -> Calibration:
+    """Run the float graph once over ``split``. Raises TaskError where data does not fit."""
+    if method not in METHODS:
+        raise TaskError(f"calibration method {method!r}: {nearest(method, METHODS)}")
+    tensors = [n for n in _activations(graph) if n not in graph.inputs]
+    inputs = [n for n in graph.inputs if graph.tensors[n].dtype == "float32"]
+    session = _open(graph, tensors, threads)
+    histograms = {name: Histogram() for name in [*inputs, *tensors]}
+    sums: dict[str, _MomentSum] = {}
+    if moments:
+        sums = {x.name: _MomentSum(x, graph) for x in graph.layers if x.kind != "Gather"}
+    outputs: list[list[Array]] = []
+    per_sample = 4 * sum(graph.tensors[n].elements for n in tensors)
+    rows = max(1, min(256, _BATCH_BYTES // max(1, per_sample)))
+    samples = 0
+    for batch in rebatch(split.batches, fixed_batch(graph) or rows, exact=bool(fixed_batch(graph))):
+        try:
+            values = session.run(batch)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+            raise TaskError(f"{split.name} data: the network cannot run it: {reason}") from None
+        found = dict(zip(session.output_names, values, strict=True))
+        found |= dict(zip(graph.inputs, batch, strict=True))
+        samples += batch[0].shape[0]
+        for name, histogram in histograms.items():
+            try:
+                histogram.add(found[name])
+            except ValueError:
+                raise ModelError(
+                    f"tensor {name!r} is NaN or infinite on the {split.name} data"
+                ) from None
+        for layer_name, total in sums.items():
+            total.add(found[graph.by_name[layer_name].input])
+        outputs.append([found[name] for name in graph.outputs])
+    by_output = tuple(zip(*outputs, strict=True))
+    return Calibration(
+        histograms, {name: s.result() for name, s in sums.items()}, by_output, samples, method
+    )
+
+
+def fixed_batch(graph: Graph) -> int | None:
+    """The batch that the graph insists on, or None where it is dynamic."""
+    dims = graph.model.graph.input[0].type.tensor_type.shape.dim
+    return dims[0].dim_value if dims and dims[0].HasField("dim_value") else None
+
+
+def rebatch(
+    batches: Sequence[tuple[Array, ...]], rows: int, exact: bool = False
+) -> list[tuple[Array, ...]]:
+    """Split batches into at most ``rows`` samples each; ``exact`` drops a short remainder."""
+    parts = []
+    for batch in batches:
+        for start in range(0, batch[0].shape[0], rows):
+            part = tuple(a[start : start + rows] for a in batch)
+            if not exact or part[0].shape[0] == rows:
+                parts.append(part)
+    return parts
+
+
+def _activations(graph: Graph) -> list[str]:
+    """Float tensors that a rewrite may quantize: all but what a unit keeps to itself."""
+    hidden = set()
+    for layer in graph.layers:
+        for index in (layer.node, *layer.absorbed):
+            name = graph.nodes[index].output[0]
+            if name != layer.output:
+                hidden.add(name)
+    return [
+        name
+        for name, tensor in graph.tensors.items()
+        if tensor.dtype == "float32" and name not in hidden and tensor.shape
+    ]
+
+
+def _open(graph: Graph, tensors: Sequence[str], threads: int) -> OnnxSession:
+    probe = onnx.ModelProto()
+    probe.CopyFrom(graph.model)
+    for name in tensors:
+        if name not in graph.outputs:
+            probe.graph.output.append(onnx.ValueInfoProto(name=name))
+    return OnnxRuntime().open(probe.SerializeToString(), threads)
+
+
+class _MomentSum:
+    """Running Σ x xᵀ and Σ x of one layer's (unfolded) inputs."""
+
+    def __init__(self, layer: Layer, graph: Graph) -> None:
+        self.layer = layer
+        self.attributes: dict[str, Any] = attributes(graph.nodes[layer.node])
+        self.second: Array | float = 0.0
+        self.mean: Array | float = 0.0
+        self.count = 0
+
+    def add(self, values: Array) -> None:
+        import torch
+
+        columns = _columns(self.layer, self.attributes, torch.from_numpy(values))
+        self.second = self.second + (columns @ columns.transpose(1, 2)).double().numpy()
+        self.mean = self.mean + columns.sum(2).double().numpy()
+        self.count += columns.shape[2]
+
+    def result(self) -> Moments:
+        count = max(1, self.count)
+        return Moments(np.asarray(self.second) / count, np.asarray(self.mean) / count, self.count)
+
+
+def _columns(layer: Layer, found: dict[str, Any], x: Any) -> Any:
+    """A layer's input as (groups, K, positions): the vectors that its weights multiply."""
+    import torch
+    from torch.nn import functional
+
+    if layer.kind in ("Gemm", "MatMul"):
+        return x.reshape(-1, x.shape[-1]).T[None]
+    n, group = x.shape[0], layer.group
+    if layer.kind == "ConvTranspose":
+        columns = x.reshape(n, group, x.shape[1] // group, -1)
+        return columns.permute(1, 2, 0, 3).flatten(2)
+    rank = x.ndim - 2
+    kernel = list(layer.weight_shape[2:])
+    strides = list(found.get("strides", [1] * rank))
+    dilations = list(found.get("dilations", [1] * rank))
+    pads = _pads(found, list(x.shape[2:]), kernel, strides, dilations)
+    x = functional.pad(x, [p for i in reversed(range(rank)) for p in (pads[i], pads[i + rank])])
+    for axis in range(rank):  # unfold every spatial axis: works for 1, 2 and 3 dimensions
+        span = (kernel[axis] - 1) * dilations[axis] + 1
+        x = x.unfold(2 + axis, span, strides[axis])[..., :: dilations[axis]]
+    out = x.shape[2 : 2 + rank]
+    x = x.reshape(n, group, x.shape[1] // group, int(np.prod(out)), int(np.prod(kernel)))
+    columns = x.permute(1, 2, 4, 0, 3).reshape(group, -1, n * int(np.prod(out)))
+    return columns if columns.dtype == torch.float32 else columns.float()
+
+
+def _pads(
+    found: dict[str, Any],
+    size: list[int],
+    kernel: list[int],
+    strides: list[int],
+    dilations: list[int],
+) -> list[int]:
+    """ONNX pads, with auto_pad SAME resolved."""
+    rank = len(kernel)
+    auto = found.get("auto_pad", b"NOTSET")
+    if auto not in (b"SAME_UPPER", b"SAME_LOWER"):
+        return list(found.get("pads", [0] * 2 * rank))
+    begin, end = [], []
+    for n, k, s, d in zip(size, kernel, strides, dilations, strict=True):
+        total = max((-(-n // s) - 1) * s + (k - 1) * d + 1 - n, 0)
+        small = total // 2
+        begin.append(small if auto == b"SAME_UPPER" else total - small)
+        end.append(total - begin[-1])
+    return begin + end

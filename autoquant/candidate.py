@@ -1,0 +1,209 @@
+"""What one compressed network is: a frozen, hashable value with JSON both ways.
+
+A candidate names layers of the *original* graph. A layer that it leaves out stays float.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from autoquant.errors import CandidateError, nearest
+
+WEIGHT_BITS = (2, 3, 4, 5, 6, 7, 8, 16, 32)
+ACTIVATION_BITS = (4, 6, 8, 16, 32)
+GRANULARITIES = ("channel", "tensor")
+
+
+@dataclass(frozen=True, slots=True)
+class LayerChoice:
+    """How one layer is stored and computed.
+
+    ``weight_bits``: 2…8 integers, 16 (float16 storage, or integers with ``int16``), 32 float.
+    ``activation_bits``: of the layer's *input*: 4, 6 (clipped), 8, 16, or 32 (float).
+    Weights below 32 with activations at 32 are *weight-only*: small file, float kernel.
+    ``granularity``: one weight scale a ``channel`` or a ``tensor``.
+    ``symmetric``: the input's zero point is fixed at the middle of the range.
+    ``dynamic``: the input's range is taken at run time (Gemm and MatMul, 8-bit activations).
+    """
+
+    weight_bits: int = 32
+    activation_bits: int = 32
+    granularity: str = "channel"
+    symmetric: bool = False
+    dynamic: bool = False
+    int16: bool = False
+
+    def __post_init__(self) -> None:
+        for name, valid in (
+            ("weight_bits", WEIGHT_BITS),
+            ("activation_bits", ACTIVATION_BITS),
+            ("granularity", GRANULARITIES),
+        ):
+            value = getattr(self, name)
+            if type(value) is not type(valid[0]) or value not in valid:
+                raise CandidateError(f"{name} is {value!r}; it can be {', '.join(map(str, valid))}")
+        for name in ("symmetric", "dynamic", "int16"):
+            if not isinstance(getattr(self, name), bool):
+                raise CandidateError(f"{name} is {getattr(self, name)!r}; it can be true, false")
+        if self.dynamic and (self.activation_bits != 8 or self.weight_bits > 8):
+            raise CandidateError(
+                f"dynamic needs activation_bits 8 and weight_bits of 8 or fewer, not "
+                f"{self.activation_bits} and {self.weight_bits}"
+            )
+
+    @property
+    def is_float(self) -> bool:
+        """Whether nothing about the layer is quantized."""
+        return self.weight_bits == 32 and self.activation_bits == 32
+
+    def to_dict(self) -> dict[str, Any]:
+        """Both bit widths, and of the other fields those that differ from their defaults."""
+        always = ("weight_bits", "activation_bits")
+        return {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.name in always or getattr(self, f.name) != f.default
+        }
+
+    @classmethod
+    def from_dict(cls, value: Any, where: str = "layer") -> LayerChoice:
+        """Read ``to_dict``'s form; ``{"weight_bits": 4}`` alone is weight-only.
+
+        Raises CandidateError that names ``where`` and the field.
+        """
+        if not isinstance(value, Mapping):
+            raise CandidateError(f"{where}: expected fields such as weight_bits, not {value!r}")
+        valid = {f.name for f in fields(cls)}
+        for name in value:
+            if name not in valid:
+                raise CandidateError(
+                    f"{where}: unknown field {name!r}; {nearest(str(name), valid)}"
+                )
+        try:
+            return cls(**value)
+        except CandidateError as error:
+            raise CandidateError(f"{where}: {error}") from None
+
+    def __str__(self) -> str:
+        """Short form for tables: ``4/8``, ``float``, ``4/32``, ``8/8 dynamic``."""
+        if self.is_float:
+            return "float"
+        extra = [self.granularity] if self.granularity != "channel" else []
+        extra += [name for name in ("symmetric", "dynamic", "int16") if getattr(self, name)]
+        return " ".join([f"{self.weight_bits}/{self.activation_bits}", *extra])
+
+
+FLOAT = LayerChoice()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Candidate:
+    """One compressed network, by layers, channel groups, ranks and training settings.
+
+    ``layers``: layer name → LayerChoice; absent layers are float.
+    ``pruning``: channel group → ratio removed. ``rank``: layer → rank. ``training``: settings
+    or None. ``polish``: refitted after assembly. Two candidates are equal if their keys are.
+    """
+
+    layers: Mapping[str, LayerChoice] = field(default_factory=dict)
+    pruning: Mapping[str, float] = field(default_factory=dict)
+    rank: Mapping[str, int] = field(default_factory=dict)
+    training: Mapping[str, Any] | None = None
+    polish: bool = False
+
+    @property
+    def key(self) -> str:
+        """16 hex digits over what has an effect: float layers and empty parts do not count."""
+        document = self.to_dict()
+        document["layers"] = {n: c.to_dict() for n, c in self.layers.items() if not c.is_float}
+        document["pruning"] = {n: r for n, r in self.pruning.items() if r}
+        document["training"] = document["training"] or None
+        text = json.dumps(document, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def choice(self, layer: str) -> LayerChoice:
+        """The choice of ``layer``; float where the candidate leaves it out."""
+        return self.layers.get(layer, FLOAT)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form of ``front.json`` and ``candidate.yaml``."""
+        return {
+            "layers": {name: choice.to_dict() for name, choice in self.layers.items()},
+            "pruning": dict(self.pruning),
+            "rank": dict(self.rank),
+            "training": None if self.training is None else dict(self.training),
+            "polish": self.polish,
+        }
+
+    @classmethod
+    def from_dict(cls, value: Any, where: str = "candidate") -> Candidate:
+        """Read ``to_dict``'s form; every part may be left out. Raises CandidateError."""
+        if not isinstance(value, Mapping):
+            raise CandidateError(f"{where}: expected a mapping with 'layers', not {value!r}")
+        valid = {f.name for f in fields(cls)}
+        for name in value:
+            if name not in valid:
+                raise CandidateError(
+                    f"{where}: unknown field {name!r}; {nearest(str(name), valid)}"
+                )
+        parts: dict[str, Mapping[Any, Any]] = {}
+        for name in ("layers", "pruning", "rank"):
+            part = value.get(name)
+            part = {} if part is None else part
+            if not isinstance(part, Mapping):
+                raise CandidateError(
+                    f"{where}: field {name!r} must map names to values, not {part!r}"
+                )
+            parts[name] = part
+        training = value.get("training")
+        if training is not None and not isinstance(training, Mapping):
+            raise CandidateError(f"{where}: field 'training' must be a mapping or null")
+        for name, ratio in parts["pruning"].items():
+            if type(ratio) not in (int, float) or not 0 <= ratio < 1:
+                raise CandidateError(
+                    f"{where}: pruning of {name!r} is {ratio!r}; it can be 0 to <1"
+                )
+        for name, rank in parts["rank"].items():
+            if type(rank) is not int or rank < 1:
+                raise CandidateError(f"{where}: rank of {name!r} is {rank!r}; it can be 1 or more")
+        polish = value.get("polish", False)
+        if not isinstance(polish, bool):
+            raise CandidateError(f"{where}: polish is {polish!r}; it can be true, false")
+        return cls(
+            layers={
+                str(name): LayerChoice.from_dict(choice, f"{where}: layer {str(name)!r}")
+                for name, choice in parts["layers"].items()
+            },
+            pruning={str(k): float(v) for k, v in parts["pruning"].items()},
+            rank={str(k): v for k, v in parts["rank"].items()},
+            training=None if training is None else dict(training),
+            polish=polish,
+        )
+
+    @classmethod
+    def read(cls, path: str | Path) -> Candidate:
+        """Read a YAML or JSON file (JSON is YAML). Raises CandidateError naming the file."""
+        import yaml
+
+        try:
+            document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise CandidateError(f"{path}: cannot be read: {error}") from None
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
+            raise CandidateError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        return cls.from_dict(document if document is not None else {}, where=str(path))
+
+    def normalized(self, layers: Mapping[str, LayerChoice]) -> Candidate:
+        """This candidate with ``layers`` in place of its own."""
+        return replace(self, layers=dict(layers))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Candidate) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)

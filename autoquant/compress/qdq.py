@@ -1,0 +1,774 @@
+"""Float ONNX graph + candidate → quantized ONNX graph: the artifact that is scored and ships.
+
+`plan` decides where precision changes; `assemble` writes the graph. Both take milliseconds.
+
+The rules, each measured in onnxruntime: a layer and its Relu or Clip are one unit with one
+QuantizeLinear behind it, on a grid inside the bounds of the Clip; every tensor has one Q/DQ
+pair that its int8 consumers share; the output of an int8 convolution, or Gemm with Relu, is
+always quantized, else it does not run in int8; a sum, product or concatenation of quantized
+tensors is quantized too; reshapes, slices and max-pools carry the grid of their input; biases
+are int32. Weights of 2…7 bits are packed planes in one blob a width, joined by standard
+operators that fold into int8 at load. Activations below 8 bits are clipped in float first,
+since ONNX Runtime has no narrower kernel.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from autoquant.calibration import Calibration
+from autoquant.candidate import Candidate, LayerChoice
+from autoquant.compress.rounding import PLANES, Bank, QuantizedWeight, broadcast_scale, unpack
+from autoquant.errors import CandidateError, PackageError, nearest
+from autoquant.graph import IR_VERSION, OPSET, Graph, Layer, attributes, clamp_bounds
+from autoquant.task import Array
+
+DIALECTS = ("onnxruntime", "openvino", "tensorrt")
+INT8_KINDS = ("Conv", "Gemm", "MatMul")
+_MOVES = (
+    "MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Pad"
+)  # fmt: skip
+_POOLS = ("GlobalAveragePool", "AveragePool")
+_JOINS = ("Add", "Mul", "Concat")
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """An activation grid: real = (q - zero_point) · scale, with integers low…high."""
+
+    scale: float
+    zero_point: int
+    low: int
+    high: int
+    dtype: str
+
+    @property
+    def real_range(self) -> tuple[float, float]:
+        """The real values that the grid's ends stand for."""
+        return (self.low - self.zero_point) * self.scale, (self.high - self.zero_point) * self.scale
+
+
+@dataclass(slots=True)
+class Plan:
+    """Where a candidate changes precision.
+
+    ``modes``: layer → float, int8, dynamic or weight-only (stored below 32 bits, float kernel).
+    ``roots``: tensor on an 8-bit grid → tensor whose grid it shares (itself, or further up).
+    ``int8_nodes``: nodes whose output exists only quantized. ``narrow``: tensor → widths other
+    than 8 (4, 6, 16) that consumers read. ``units``: join node → node that ends its unit.
+    """
+
+    modes: dict[str, str] = field(default_factory=dict)
+    roots: dict[str, str] = field(default_factory=dict)
+    int8_nodes: set[int] = field(default_factory=set)
+    narrow: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
+    symmetric: set[str] = field(default_factory=set)
+    units: dict[int, int] = field(default_factory=dict)
+
+    def boundaries(self, graph: Graph) -> tuple[int, int]:
+        """Elements that a sample converts: (float → int8, int8 → float)."""
+        to_int8 = to_float = 0
+        for tensor in self.roots:
+            elements = graph.tensors[tensor].elements
+            if not self.quantized_at_source(graph, tensor):
+                to_int8 += elements
+            elif tensor in graph.outputs or any(
+                not self.reads_int8(graph, index) for index in graph.consumers.get(tensor, ())
+            ):
+                to_float += elements
+        for tensor, widths in self.narrow.items():
+            elements = graph.tensors[tensor].elements
+            to_int8 += elements * len(widths)
+            if self.quantized_at_source(graph, tensor):
+                to_float += elements
+        return to_int8, to_float
+
+    def quantized_at_source(self, graph: Graph, tensor: str) -> bool:
+        """Whether the tensor comes out of an int8 kernel, and so exists only on its grid."""
+        return graph.producer.get(tensor, -1) in self.int8_nodes
+
+    def reads_int8(self, graph: Graph, index: int) -> bool:
+        """Whether a node consumes 8-bit tensors as they are."""
+        layer = graph.by_node.get(index)
+        if layer is not None:
+            return self.modes[layer.name] == "int8"
+        return index in self.int8_nodes
+
+
+def resolve(graph: Graph, candidate: Candidate) -> Candidate:
+    """The candidate as the graph takes it: names checked, settings without effect dropped.
+
+    An embedding's activations are indices, so its ``activation_bits`` become 32. Layers come
+    in graph order, each with a choice. Raises CandidateError.
+    """
+    for name in candidate.layers:
+        if name not in graph.by_name:
+            raise CandidateError(f"unknown layer {name!r}; {nearest(name, graph.by_name)}")
+    for part in ("pruning", "rank", "training", "polish"):
+        if getattr(candidate, part):
+            raise CandidateError(f"field {part!r} is not supported by this version; leave it out")
+    layers = {}
+    for layer in graph.layers:
+        choice = candidate.choice(layer.name)
+        if choice.dynamic and layer.kind not in ("Gemm", "MatMul"):
+            raise CandidateError(
+                f"layer {layer.name!r} is a {layer.kind}: dynamic is for Gemm and MatMul"
+            )
+        if layer.kind == "Gather":
+            choice = LayerChoice(choice.weight_bits, 32, choice.granularity, int16=choice.int16)
+        if choice.weight_bits != 16:
+            choice = _without(choice, int16=False)
+        if choice.weight_bits >= 16 and not choice.int16:
+            choice = _without(choice, granularity="channel")
+        if choice.activation_bits == 32 or choice.dynamic:
+            choice = _without(choice, symmetric=False)
+        layers[layer.name] = choice
+    return candidate.normalized(layers)
+
+
+def _without(choice: LayerChoice, **defaults: Any) -> LayerChoice:
+    return replace(choice, **defaults)
+
+
+def mode(layer: Layer, choice: LayerChoice) -> str:
+    """How the layer runs: ``float``, ``int8``, ``dynamic`` or ``weight-only``."""
+    if choice.is_float:
+        return "float"
+    if choice.weight_bits <= 8 and choice.activation_bits <= 8 and layer.kind in INT8_KINDS:
+        return "dynamic" if choice.dynamic else "int8"
+    return "weight-only"
+
+
+def plan(graph: Graph, candidate: Candidate, dialect: str = "onnxruntime") -> Plan:
+    """Decide every tensor's precision. ``candidate`` must be resolved."""
+    result = Plan()
+    wanted: set[str] = set()  # tensors that must have an 8-bit grid
+    for layer in graph.layers:
+        choice = candidate.choice(layer.name)
+        result.modes[layer.name] = mode(layer, choice)
+        if choice.activation_bits < 32 and not choice.dynamic:
+            if choice.activation_bits == 8:
+                wanted.add(layer.input)
+            else:
+                result.narrow[layer.input].add(choice.activation_bits)
+            if choice.symmetric or dialect == "tensorrt":
+                result.symmetric.add(layer.input)
+        relu = [graph.nodes[i].op_type for i in layer.absorbed] == ["Relu"]
+        if result.modes[layer.name] == "int8" and (
+            layer.kind == "Conv" or (layer.kind == "Gemm" and relu)
+        ):
+            wanted.add(layer.output)
+            result.int8_nodes.add(graph.producer[layer.output])
+            result.int8_nodes.add(layer.node)
+            if dialect == "tensorrt":
+                result.symmetric.add(layer.output)
+    owned = {i for x in graph.layers for i in (x.node, *x.absorbed)}
+    lazy: dict[str, tuple[int, str]] = {}  # could be quantized: (node, input that it follows)
+
+    def available(tensor: str) -> bool:
+        return tensor in wanted or tensor in lazy
+
+    def settle(tensor: str) -> None:
+        """Quantize ``tensor``, and what it follows."""
+        if tensor in lazy:
+            index, source = lazy.pop(tensor)
+            settle(source)
+            result.int8_nodes.add(index)
+            follows = graph.nodes[index].op_type in _MOVES
+            result.roots[tensor] = result.roots[source] if follows else tensor
+        result.roots.setdefault(tensor, tensor)
+        wanted.add(tensor)
+
+    for name in graph.inputs:
+        if name in wanted:
+            settle(name)
+    for index, node in enumerate(graph.nodes):
+        output = node.output[0] if node.output else ""
+        if index not in owned and node.op_type in (*_MOVES, *_POOLS) and len(node.output) == 1:
+            if available(node.input[0]) and _keeps_zero(graph, node):
+                lazy[output] = (index, node.input[0])
+        elif index not in owned and node.op_type in _JOINS:
+            end = _unit_end(graph, index)
+            sources = list(node.input)
+            if len(sources) > 1 and all(available(s) for s in sources):
+                for source in sources:
+                    settle(source)
+                output = graph.nodes[end].output[0]
+                result.int8_nodes.update((index, end))
+                result.units[index] = end
+                wanted.add(output)
+        for name in node.output:
+            if name in wanted:
+                settle(name)
+    result.symmetric = {result.roots.get(name, name) for name in result.symmetric}
+    return result
+
+
+def _unit_end(graph: Graph, index: int) -> int:
+    """A join's Relu or Clip, where it is the only reader; else the join."""
+    output = graph.nodes[index].output[0]
+    readers = graph.consumers.get(output, [])
+    sole = len(readers) == 1 and output not in graph.outputs
+    if sole and clamp_bounds(graph.nodes[readers[0]], graph.initializers) is not None:
+        return readers[0]
+    return index
+
+
+def _keeps_zero(graph: Graph, node: onnx.NodeProto) -> bool:
+    """Whether a moving node adds no value beside zero, and is not about shapes."""
+    if graph.tensors[node.output[0]].dtype != "float32":
+        return False
+    if node.op_type != "Pad":
+        return True
+    if attributes(node).get("mode", b"constant") != b"constant":
+        return True
+    if len(node.input) < 3 or not node.input[2]:
+        return True
+    value = graph.initializers.get(node.input[2])
+    return value is not None and not numpy_helper.to_array(value).any()
+
+
+def grid(calibration: Calibration, tensor: str, bits: int, symmetric: bool, dialect: str) -> Grid:
+    """The grid of an activation at ``bits``; zero is always exact (Jacob et al. 2018)."""
+    low, high = calibration.range(tensor, bits)
+    levels = 2**bits - 1
+    signed = dialect == "tensorrt" and bits == 8
+    if symmetric and (low < 0 or signed):  # without negative values, unsigned is symmetric
+        peak = max(-low, high)
+        half = 2 ** (bits - 1)
+        zero = 0 if signed else half
+        scale = _float32(peak / (half - 1))
+        return Grid(
+            scale, zero, zero - half + 1, zero + half - 1, "int8" if signed else _kind(bits)
+        )
+    scale = _float32((high - low) / levels)
+    zero = int(np.clip(round(-low / scale), 0, levels))
+    return Grid(scale, zero, 0, levels, _kind(bits))
+
+
+def _float32(value: float) -> float:
+    return float(np.float32(max(value, 1e-12)))
+
+
+def _within(found: Grid, bounds: tuple[float, float], symmetric: bool) -> Grid:
+    """The grid moved by less than a step, so that no code lies beyond the bounds of a Clip.
+
+    Only then does onnxruntime drop the Clip behind a layer and run the layer in int8. Where a
+    symmetric grid cannot lie inside, it stays as it is.
+    """
+    codes, best = np.iinfo(found.dtype), found
+    for move in (0,) if symmetric else (0, -1, 1):
+        zero, scale = found.zero_point + move, np.float32(found.scale)
+        if not found.low <= zero <= found.high:
+            continue
+        for code, bound in ((codes.min, bounds[0]), (codes.max, bounds[1])):
+            steps = np.float32(code - zero)
+            if steps and np.isfinite(bound):
+                scale = min(scale, np.float32(bound / steps))
+                while abs(steps * scale) > abs(bound):
+                    scale = np.nextafter(scale, np.float32(0))
+        if best is found or scale > best.scale:
+            best = replace(found, scale=float(scale), zero_point=zero)
+    return best if best.scale > 0.97 * found.scale else found
+
+
+def _kind(bits: int) -> str:
+    return "uint8" if bits <= 8 else "uint16"
+
+
+def assemble(
+    graph: Graph,
+    candidate: Candidate,
+    calibration: Calibration,
+    bank: Bank,
+    dialect: str = "onnxruntime",
+) -> onnx.ModelProto:
+    """Write the quantized graph of a resolved candidate. Layer nodes are named by layer."""
+    if dialect not in ("onnxruntime", "openvino"):
+        raise CandidateError(
+            f"dialect {dialect!r} is not supported by this version; it can be onnxruntime, openvino"
+        )
+    return _Writer(graph, candidate, calibration, bank, dialect).write()
+
+
+class _Writer:
+    """One artifact in the making: nodes and initializers, in order."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        candidate: Candidate,
+        calibration: Calibration,
+        bank: Bank,
+        dialect: str,
+    ) -> None:
+        self.graph, self.candidate, self.calibration = graph, candidate, calibration
+        self.bank, self.dialect = bank, dialect
+        self.plan = plan(graph, candidate, dialect)
+        self.nodes: list[onnx.NodeProto] = []
+        self.written: set[str] = set()
+        self.initializers: dict[str, TensorProto] = {}
+        self.constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+        self.grids: dict[tuple[str, int], Grid] = {}
+        self.packed: dict[int, dict[str, QuantizedWeight]] = defaultdict(dict)
+
+    def write(self) -> onnx.ModelProto:
+        graph, outputs = self.graph, set(self.graph.outputs)
+        for name in graph.inputs:
+            self._quantize(name, name)
+        for index, node in enumerate(graph.nodes):
+            copy = onnx.NodeProto()
+            copy.CopyFrom(node)
+            layer = graph.by_node.get(index)
+            for i, name in enumerate(copy.input):
+                copy.input[i] = self._source(index, name)
+            for i, name in enumerate(copy.output):
+                if name in outputs and name in self.plan.roots and index in self.plan.int8_nodes:
+                    copy.output[i] = f"{name}.raw"
+            written = list(copy.output)
+            if layer is not None and self.plan.modes[layer.name] != "float":
+                self._layer(layer, copy)
+            else:
+                self.nodes.append(copy)
+            for name, final in zip(node.output, written, strict=True):
+                self._quantize(name, final)
+        return self._model()
+
+    # activations
+
+    def _grid(self, tensor: str, bits: int) -> Grid:
+        root = self.plan.roots.get(tensor, tensor)
+        key = (root, bits)
+        if key not in self.grids:
+            symmetric = root in self.plan.symmetric or self.dialect == "tensorrt"
+            found = grid(self.calibration, root, bits, symmetric, self.dialect)
+            producer = self.graph.producer.get(root)
+            if producer is not None:
+                bounds = clamp_bounds(self.graph.nodes[producer], self.graph.initializers)
+                found = _within(found, bounds, symmetric) if bounds else found
+            self.grids[key] = found
+        return self.grids[key]
+
+    def _dequantized(self, tensor: str, bits: int = 8) -> str:
+        """Name of the tensor's float view on its grid."""
+        at_source = self.plan.quantized_at_source(self.graph, tensor)
+        if bits == 8 and tensor in self.graph.outputs and at_source:
+            return tensor
+        return f"{tensor}.dq" if bits == 8 else f"{tensor}.dq{bits}"
+
+    def _source(self, index: int, tensor: str) -> str:
+        """What node ``index`` reads for ``tensor``."""
+        if tensor in self.graph.initializers or not tensor:
+            return tensor
+        layer = self.graph.by_node.get(index)
+        if layer is not None and tensor == layer.input:
+            choice = self.candidate.choice(layer.name)
+            if choice.activation_bits < 32 and not choice.dynamic:
+                return self._dequantized(tensor, choice.activation_bits)
+        absorbed = tensor not in self.plan.roots
+        if absorbed:
+            return tensor
+        if index in self.plan.int8_nodes or self.plan.quantized_at_source(self.graph, tensor):
+            return self._dequantized(tensor)
+        return tensor
+
+    def _quantize(self, tensor: str, written: str) -> None:
+        """Q/DQ pairs of a tensor that was just written (or is a graph input)."""
+        source = written
+        if tensor in self.plan.roots:
+            self._pair(written, self._dequantized(tensor), f"{tensor}.q", self._grid(tensor, 8))
+            if self.plan.quantized_at_source(self.graph, tensor):
+                source = self._dequantized(tensor)
+        for bits in sorted(self.plan.narrow.get(tensor, ())):
+            found = self._grid(tensor, bits)
+            clipped = source
+            if bits < 8:
+                low, high = found.real_range
+                clipped = f"{tensor}.clip{bits}"
+                bounds = [self._constant(np.float32(low)), self._constant(np.float32(high))]
+                self._node("Clip", [source, *bounds], clipped)
+            self._pair(clipped, self._dequantized(tensor, bits), f"{tensor}.q{bits}", found)
+
+    def _pair(self, source: str, result: str, quantized: str, found: Grid) -> None:
+        scale = self._constant(np.float32(found.scale))
+        zero = self._constant(np.dtype(found.dtype).type(found.zero_point))
+        self._node("QuantizeLinear", [source, scale, zero], quantized)
+        self._node("DequantizeLinear", [quantized, scale, zero], result)
+
+    # layers
+
+    def _layer(self, layer: Layer, node: onnx.NodeProto) -> None:
+        choice, how = self.candidate.choice(layer.name), self.plan.modes[layer.name]
+        if layer.kind == "Gather":
+            self._embedding(layer, choice, node)
+        elif how == "dynamic":
+            self._dynamic(layer, choice, node)
+        elif how == "int8":
+            found = self._grid(layer.input, choice.activation_bits)
+            entry = self._entry(layer, choice, found.scale)
+            node.input[1] = self._int8_weight(layer, self._weight(layer, choice, entry), entry)
+            if layer.bias is not None and layer.kind != "MatMul":
+                node.input[2] = self._bias(layer, entry, found.scale)
+            self.nodes.append(node)
+        else:
+            if choice.weight_bits < 32:
+                node.input[1] = self._float_weight(layer, choice)
+            self.nodes.append(node)
+
+    def _stem(self, layer: Layer, choice: LayerChoice) -> str:
+        """Name of the stored weight, shared by layers that store the same one alike."""
+        suffix = "t" if choice.granularity == "tensor" else ""
+        suffix += f"a{layer.channel_axis}" if layer.channel_axis else ""
+        return f"{layer.weight.removesuffix('.weight')}.w{choice.weight_bits}{suffix}"
+
+    def _weight(self, layer: Layer, choice: LayerChoice, entry: QuantizedWeight) -> str:
+        """Name of the layer's integer weight (int8, or int16)."""
+        name = self._stem(layer, choice)
+        if entry is not self.bank.get(layer, choice):  # this layer's own
+            name = f"{name}.{layer.name}"
+        if choice.weight_bits in PLANES:
+            self.packed[choice.weight_bits][name] = entry
+        elif name not in self.initializers:
+            self.initializers[name] = numpy_helper.from_array(entry.values, name)
+        return name
+
+    def _int8_weight(self, layer: Layer, weight: str, entry: QuantizedWeight) -> str:
+        name = f"{weight}.dq"
+        if name in self.written:
+            return name
+        per_channel = len(entry.scale) > 1 or layer.channels == 1
+        scale = self._named(f"{weight}.s", entry.scale if per_channel else entry.scale[0])
+        axis = {"axis": layer.channel_axis} if per_channel else {}
+        inputs = [weight, scale]
+        if layer.kind != "Conv":  # without a zero point onnxruntime does not fuse Gemm
+            inputs.append(
+                self._constant(np.zeros(entry.scale.shape if per_channel else (), np.int8))
+            )
+        self._node("DequantizeLinear", inputs, name, **axis)
+        return name
+
+    def _entry(self, layer: Layer, choice: LayerChoice, input_scale: float) -> QuantizedWeight:
+        """The bank's entry; with larger scales where the int32 bias would not fit.
+
+        That is a channel whose weights hardly count beside its bias, as pruned ones have.
+        The kernels take the bias to be on the scale input × weight, whatever the file says.
+        """
+        entry = self.bank.get(layer, choice)
+        if layer.bias is None or layer.kind == "MatMul":
+            return entry
+        least = np.abs(self.graph.array(layer.bias).reshape(-1)) / (2.0**30 * input_scale)
+        if len(entry.scale) == 1:
+            least = least.max(keepdims=True)
+        if (entry.scale >= least).all():
+            return entry
+        scale = np.maximum(entry.scale, least).astype(np.float32)
+        shrink = broadcast_scale(entry.scale / scale, entry.axis, entry.values.ndim)
+        values = np.round(entry.values * shrink).astype(entry.values.dtype)
+        return QuantizedWeight(values, scale, entry.bits, entry.axis)
+
+    def _bias(self, layer: Layer, entry: QuantizedWeight, input_scale: float) -> str:
+        """The int32 bias with scale input × weight."""
+        assert layer.bias is not None
+        name = f"{layer.name}.b"
+        per_channel = len(entry.scale) > 1 or layer.channels == 1
+        scale = entry.scale * np.float32(input_scale)
+        values = np.round(self.graph.array(layer.bias).reshape(-1) / scale.astype(np.float64))
+        quantized = self._named(f"{name}32", values.astype(np.int32))
+        scale_name = self._named(f"{name}.s", scale if per_channel else scale[0])
+        axis = {"axis": 0} if per_channel else {}
+        self._node("DequantizeLinear", [quantized, scale_name], name, **axis)
+        return name
+
+    def _float_weight(self, layer: Layer, choice: LayerChoice) -> str:
+        """A stored weight that folds back to float at load."""
+        name = f"{self._stem(layer, choice)}.f"
+        if name in self.written:
+            return name
+        if choice.weight_bits == 16 and not choice.int16:
+            half = self._named(self._stem(layer, choice), _half(self.graph.array(layer.weight)))
+            self._node("Cast", [half], name, to=TensorProto.FLOAT)
+            return name
+        entry = self.bank.get(layer, choice)
+        weight = self._weight(layer, choice, entry)
+        shaped = broadcast_scale(entry.scale, layer.channel_axis, len(layer.weight_shape))
+        scale = self._named(f"{weight}.fs", shaped if len(entry.scale) > 1 else entry.scale)
+        self._node("Cast", [weight], f"{weight}.c", to=TensorProto.FLOAT)
+        self._node("Mul", [f"{weight}.c", scale], name)
+        return name
+
+    def _embedding(self, layer: Layer, choice: LayerChoice, node: onnx.NodeProto) -> None:
+        """Gather the stored rows, then make them float: the table stays small in memory."""
+        output = node.output[0]
+        node.output[0] = f"{output}.stored"
+        if choice.weight_bits == 16 and not choice.int16:
+            half = self._named(self._stem(layer, choice), _half(self.graph.array(layer.weight)))
+            node.input[0] = half
+            self.nodes.append(node)
+            self._node("Cast", [node.output[0]], output, to=TensorProto.FLOAT)
+            return
+        entry = self.bank.get(layer, choice)
+        weight = self._weight(layer, choice, entry)
+        node.input[0] = weight
+        self.nodes.append(node)
+        per_row = len(entry.scale) > 1
+        scale = self._named(f"{weight}.fs", entry.scale[:, None] if per_row else entry.scale)
+        if per_row:
+            self._node("Gather", [scale, node.input[1]], f"{output}.scale", axis=0)
+            scale = f"{output}.scale"
+        self._node("Cast", [node.output[0]], f"{output}.cast", to=TensorProto.FLOAT)
+        self._node("Mul", [f"{output}.cast", scale], output)
+
+    def _dynamic(self, layer: Layer, choice: LayerChoice, node: onnx.NodeProto) -> None:
+        """DynamicQuantizeLinear → MatMulInteger → scale → bias, which onnxruntime fuses."""
+        entry, source, output = self.bank.get(layer, choice), node.input[0], node.output[0]
+        weight = self._weight(layer, choice, entry)
+        if layer.kind == "Gemm" and layer.channel_axis == 0:
+            self._node("Transpose", [weight], f"{weight}.t.{layer.name}", perm=[1, 0])
+            weight = f"{weight}.t.{layer.name}"
+        prefix = f"{layer.name}.dynamic"
+        parts = [f"{prefix}.q", f"{prefix}.s", f"{prefix}.z"]
+        quantized = f"{source}.dynamic"
+        if quantized not in self.written:
+            self.written.add(quantized)
+            self.nodes.append(
+                helper.make_node(
+                    "DynamicQuantizeLinear",
+                    [source],
+                    [quantized, f"{quantized}.scale", f"{quantized}.zero"],
+                )
+            )
+        zero = self._constant(np.int8(0))
+        self.nodes.append(
+            helper.make_node(
+                "MatMulInteger",
+                [quantized, weight, f"{quantized}.zero", zero],
+                [parts[0]],
+                name=layer.name,
+            )
+        )
+        scale = self._named(f"{prefix}.weight_scale", entry.scale)
+        self._node("Mul", [f"{quantized}.scale", scale], parts[1])
+        self._node("Cast", [parts[0]], parts[2], to=TensorProto.FLOAT)
+        has_bias = layer.kind == "Gemm" and layer.bias is not None
+        self._node("Mul", [parts[2], parts[1]], f"{prefix}.y" if has_bias else output)
+        if has_bias:
+            assert layer.bias is not None
+            bias = self.graph.array(layer.bias).reshape(-1)
+            self._node("Add", [f"{prefix}.y", self._named(f"{prefix}.bias", bias)], output)
+
+    # the model
+
+    def _model(self) -> onnx.ModelProto:
+        head: list[onnx.NodeProto] = []
+        body, self.nodes = self.nodes, head
+        for bits, entries in sorted(self.packed.items()):
+            self._unpack(bits, entries)
+        nodes = head + body
+        source = self.graph.model
+        used = {name for node in nodes for name in node.input} | set(self.graph.outputs)
+        for name, proto in self.graph.initializers.items():
+            if name in used:
+                self.initializers.setdefault(name, proto)
+        model = onnx.ModelProto(ir_version=source.ir_version or IR_VERSION)
+        model.producer_name = "autoquant"
+        model.opset_import.extend(source.opset_import or [helper.make_opsetid("", OPSET)])
+        model.graph.name = "autoquant"
+        model.graph.node.extend(nodes)
+        model.graph.initializer.extend(p for n, p in self.initializers.items() if n in used)
+        model.graph.input.extend(source.graph.input)
+        model.graph.output.extend(source.graph.output)
+        model.functions.extend(source.functions)
+        model.metadata_props.add(key="autoquant.candidate", value=self.candidate.key)
+        return model
+
+    def _unpack(self, bits: int, entries: dict[str, QuantizedWeight]) -> None:
+        """All weights of one width: blob → planes → integers → Split → Reshape a weight."""
+        joined = ""
+        stem = f"packed{bits}"
+        for i, width in enumerate(PLANES[bits]):
+            blob = np.concatenate([e.planes[i] for e in entries.values()])
+            plane = self._named(f"{stem}.{i}", blob)
+            places = self._constant(np.arange(0, 8, width, dtype=np.uint8)[None])
+            mask = self._constant(np.uint8(2**width - 1))
+            flat = self._constant(np.array([-1], np.int64))
+            self._node("BitShift", [plane, places], f"{stem}.{i}.s", direction="RIGHT")
+            self._node("BitwiseAnd", [f"{stem}.{i}.s", mask], f"{stem}.{i}.m")
+            self._node("Reshape", [f"{stem}.{i}.m", flat], f"{stem}.{i}.f")
+            if joined:
+                by = self._constant(np.uint8(width))
+                self._node("BitShift", [joined, by], f"{stem}.{i}.l", direction="LEFT")
+                self._node("BitwiseOr", [f"{stem}.{i}.l", f"{stem}.{i}.f"], f"{stem}.{i}.j")
+            joined = f"{stem}.{i}.j" if joined else f"{stem}.{i}.f"
+        offset = self._constant(np.int8(2 ** (bits - 1)))
+        self._node("Cast", [joined], f"{stem}.u", to=TensorProto.INT8)
+        self._node("Sub", [f"{stem}.u", offset], f"{stem}.w")
+        sizes, parts = [], []
+        for name, entry in entries.items():
+            count = entry.values.size
+            sizes.append(count)
+            parts.append(f"{name}.flat")
+            if count % 8:
+                sizes.append(-count % 8)
+                parts.append(f"{name}.padding")
+        split = self._named(f"{stem}.sizes", np.array(sizes, np.int64))
+        self.nodes.append(helper.make_node("Split", [f"{stem}.w", split], parts, axis=0))
+        for name, entry in entries.items():
+            shape = self._constant(np.array(entry.values.shape, np.int64))
+            self._node("Reshape", [f"{name}.flat", shape], name)
+
+    def _node(self, op: str, inputs: Sequence[str], output: str, **found: Any) -> None:
+        self.written.add(output)
+        self.nodes.append(helper.make_node(op, list(inputs), [output], **found))
+
+    def _named(self, name: str, value: Array) -> str:
+        if name not in self.initializers:
+            self.initializers[name] = numpy_helper.from_array(np.asarray(value, order="C"), name)
+        return name
+
+    def _constant(self, value: Any) -> str:
+        """A small constant, shared by value."""
+        array = np.asarray(value)
+        key = (str(array.dtype), array.shape, array.tobytes())
+        if key not in self.constants:
+            name = f"k{len(self.constants)}"
+            while name in self.graph.initializers or name in self.graph.tensors:
+                name += "_"
+            self.constants[key] = self._named(name, array)
+        return self.constants[key]
+
+
+def _half(array: Array) -> Array:
+    """float16 storage, saturating instead of overflowing."""
+    limit = float(np.finfo(np.float16).max)
+    return np.clip(array, -limit, limit).astype(np.float16)
+
+
+# --- reading an artifact back ----------------------------------------------------------------
+
+
+def read_bits(model: onnx.ModelProto, layers: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """(weight_bits, activation_bits) of every named layer, from the graph alone.
+
+    Weights: the packed planes, integers or floats that the layer's weight comes from, the
+    integers within the range of their width. Activations: the levels of the grid that its
+    input is on. Raises PackageError for a missing layer or integers out of range.
+    """
+    nodes = {n.name: n for n in model.graph.node if n.name}
+    producers = {name: n for n in model.graph.node for name in n.output}
+    initializers = {i.name: i for i in model.graph.initializer}
+    result = {}
+    for name in layers:
+        node = nodes.get(name)
+        if node is None:
+            raise PackageError(f"the model has no layer {name!r}")
+        position = 0 if node.op_type == "Gather" else 1
+        weight_bits = _stored_bits(node.input[position], producers, initializers)
+        activation_bits = 32
+        if node.op_type == "MatMulInteger":
+            activation_bits = 8
+        elif node.op_type != "Gather":
+            activation_bits = _grid_bits(node.input[0], producers, initializers)
+        result[name] = (weight_bits, activation_bits)
+    return result
+
+
+def _stored_bits(
+    tensor: str,
+    producers: dict[str, onnx.NodeProto],
+    initializers: dict[str, TensorProto],
+) -> int:
+    """Follow a weight back to what is stored."""
+    widths: dict[int, int] = {
+        TensorProto.FLOAT: 32,
+        TensorProto.FLOAT16: 16,
+        TensorProto.INT16: 16,
+        TensorProto.INT8: 8,
+    }
+    while tensor not in initializers:
+        node = producers.get(tensor)
+        if node is None:
+            raise PackageError(f"weight {tensor!r} has no source")
+        if node.op_type == "Split":
+            return _plane_bits(node.input[0], producers, initializers)
+        tensor = node.input[0]
+    kind = initializers[tensor].data_type
+    if kind not in widths:
+        raise PackageError(f"weight {tensor!r} is stored as {TensorProto.DataType.Name(kind)}")
+    return widths[kind]
+
+
+def _plane_bits(
+    tensor: str,
+    producers: dict[str, onnx.NodeProto],
+    initializers: dict[str, TensorProto],
+) -> int:
+    """Width of a packed blob: the bits of the masks of all its planes."""
+    bits, todo = 0, [tensor]
+    while todo:
+        node = producers.get(todo.pop())
+        if node is None:
+            continue
+        if node.op_type == "BitwiseAnd":
+            mask = int(numpy_helper.to_array(initializers[node.input[1]]))
+            bits += mask.bit_length()
+        else:
+            todo.extend(node.input)
+    return bits
+
+
+def _grid_bits(
+    tensor: str,
+    producers: dict[str, onnx.NodeProto],
+    initializers: dict[str, TensorProto],
+) -> int:
+    """Bits of the grid that a layer's input is on; 32 where it is float."""
+    dequantize = producers.get(tensor)
+    if dequantize is None or dequantize.op_type != "DequantizeLinear":
+        return 32
+    scale = float(numpy_helper.to_array(initializers[dequantize.input[1]]))
+    kind = numpy_helper.to_array(initializers[dequantize.input[2]]).dtype
+    quantize = producers.get(dequantize.input[0])
+    clip = producers.get(quantize.input[0]) if quantize is not None else None
+    if (
+        clip is not None
+        and clip.op_type == "Clip"
+        and clip.output[0].rpartition(".clip")[2].isdigit()
+    ):
+        low, high = (float(numpy_helper.to_array(initializers[n])) for n in clip.input[1:3])
+        return round((high - low) / scale).bit_length()
+    return 16 if kind.itemsize == 2 else 8
+
+
+def packed_weight(model: onnx.ModelProto, layer: str) -> Array | None:
+    """The integers of a layer stored in 2…7 bits, unpacked from the file; None otherwise."""
+    producers = {name: n for n in model.graph.node for name in n.output}
+    initializers = {i.name: i for i in model.graph.initializer}
+    node = next((n for n in model.graph.node if n.name == layer), None)
+    if node is None:
+        raise PackageError(f"the model has no layer {layer!r}")
+    tensor, shape = node.input[0 if node.op_type == "Gather" else 1], None
+    while tensor not in initializers:
+        source = producers[tensor]
+        if source.op_type == "Reshape":
+            shape = numpy_helper.to_array(initializers[source.input[1]])
+        if source.op_type == "Split":
+            bits = _plane_bits(source.input[0], producers, initializers)
+            planes = [
+                numpy_helper.to_array(initializers[f"packed{bits}.{i}"])
+                for i in range(len(PLANES[bits]))
+            ]
+            sizes = numpy_helper.to_array(initializers[source.input[1]])
+            index = list(source.output).index(tensor)
+            start, count = int(sizes[:index].sum()), int(sizes[index])
+            flat = unpack(planes, bits, start + count)[start:]
+            assert shape is not None
+            return flat.reshape(shape)
+        tensor = source.input[0]
+    return None

@@ -1,0 +1,215 @@
+"""Weight quantizers, and the bank that holds every layer at every width, made once.
+
+A `Rounding` turns one weight matrix into integers and scales. The bank calls it for each
+(weight, bits, granularity) that a search can ask for, in threads, and keeps the result; a
+candidate is then assembled from the bank in milliseconds.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+
+from autoquant.calibration import Calibration, Moments
+from autoquant.candidate import LayerChoice
+from autoquant.errors import CandidateError, nearest
+from autoquant.graph import Graph, Layer
+from autoquant.task import Array
+
+# A width is stored as planes of 4, 2 and 1 bits: they fill bytes without straddling them.
+PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """Integers in the weight's own layout with their scales.
+
+    ``values``: int8 (int16 for 16 bits), the shape of the weight. ``scale``: float32, one for
+    each index of ``axis``, or of length 1 for a whole tensor.
+    """
+
+    values: Array
+    scale: Array
+    bits: int
+    axis: int
+
+    @cached_property
+    def planes(self) -> tuple[Array, ...]:
+        """The bit planes as uint8, padded to a multiple of 8 weights; see `pack`."""
+        return pack(self.values, self.bits)
+
+    def dequantized(self) -> Array:
+        """The float32 weight that the integers stand for."""
+        scale = broadcast_scale(self.scale, self.axis, self.values.ndim)
+        return np.asarray(self.values.astype(np.float32) * scale)
+
+
+def broadcast_scale(scale: Array, axis: int, rank: int) -> Array:
+    """Scales shaped to multiply a weight of ``rank`` axes."""
+    shaped: Array = scale.reshape([-1 if i == axis else 1 for i in range(rank)])
+    return shaped
+
+
+def integer_range(bits: int) -> tuple[int, int]:
+    """Smallest and largest weight integer: all codes below 8 bits, symmetric from 8 on."""
+    top = 2 ** (bits - 1)
+    return (-top, top - 1) if bits < 8 else (1 - top, top - 1)
+
+
+def pack(values: Array, bits: int) -> tuple[Array, ...]:
+    """Pack integers of 2…7 bits into uint8 planes, high bits first, low index in low bits.
+
+    ``values`` are signed, any shape; they are offset by 2^(bits-1), flattened in C order and
+    padded to a multiple of 8. Each plane of p bits has shape (count·p/8, 1).
+    """
+    unsigned = values.reshape(-1).astype(np.int16) + 2 ** (bits - 1)
+    unsigned = np.pad(unsigned, (0, -len(unsigned) % 8)).astype(np.uint8)
+    planes, shift = [], bits
+    for width in PLANES[bits]:
+        shift -= width
+        fields = ((unsigned >> shift) & (2**width - 1)).reshape(-1, 8 // width)
+        places = np.arange(0, 8, width, dtype=np.uint8)
+        planes.append(np.bitwise_or.reduce(fields << places, axis=1)[:, None].astype(np.uint8))
+    return tuple(planes)
+
+
+def unpack(planes: Iterable[Array], bits: int, count: int) -> Array:
+    """The first ``count`` signed int8 integers of ``pack``'s planes, flat."""
+    joined = None
+    for plane, width in zip(planes, PLANES[bits], strict=True):
+        places = np.arange(0, 8, width, dtype=np.uint8)
+        fields = ((plane.reshape(-1, 1) >> places) & (2**width - 1)).reshape(-1)
+        joined = fields if joined is None else (joined << width) | fields
+    assert joined is not None
+    return (joined.astype(np.int16) - 2 ** (bits - 1)).astype(np.int8)[:count]
+
+
+class Rounding(Protocol):
+    """Weights and what is known of their inputs → integers and scales."""
+
+    needs_moments: bool
+
+    def __call__(
+        self, weight: Array, bits: int, granularity: str, moments: Moments | None
+    ) -> tuple[Array, Array]:
+        """``weight``: (channels, K) float32. Returns integers of that shape (int16) and
+        float32 scales of length ``channels``, or 1 for granularity ``tensor``."""
+        ...
+
+
+class Nearest:
+    """Round to nearest with, for each channel, the scale of least squared error."""
+
+    needs_moments = False
+
+    def __call__(
+        self, weight: Array, bits: int, granularity: str, moments: Moments | None = None
+    ) -> tuple[Array, Array]:
+        """See `Rounding`; the moments are not used."""
+        rows = weight if granularity == "channel" else weight.reshape(1, -1)
+        scale = least_squares_scale(rows, bits)
+        low, high = integer_range(bits)
+        values = np.clip(np.round(rows / scale[:, None]), low, high).astype(np.int16)
+        return values.reshape(weight.shape), scale
+
+
+def least_squares_scale(rows: Array, bits: int) -> Array:
+    """Scale of every row with the least squared rounding error, by search over clip points."""
+    low, high = integer_range(bits)
+    peak = np.abs(rows).max(axis=1)
+    peak = np.where(peak > 1e-30, peak, 1.0).astype(np.float32)
+    if bits >= 8:
+        return peak / high
+    best = np.ones(len(rows), np.float32)
+    least = np.full(len(rows), np.inf)
+    for factor in np.linspace(1.0, {2: 0.125, 3: 0.35, 4: 0.5}.get(bits, 0.7), 28):
+        scale = np.float32(factor) * peak / np.float32(high)
+        code = np.clip(np.round(rows / scale[:, None]), low, high)
+        norm = np.einsum("ij,ij->i", code, code)  # the least-squares scale for these codes
+        fitted = np.einsum("ij,ij->i", code, rows) / np.maximum(norm, 1e-30)
+        scale = np.where((norm > 0) & (fitted > 0), fitted, scale).astype(np.float32)
+        code = np.clip(np.round(rows / scale[:, None]), low, high)
+        error = ((rows - code * scale[:, None]) ** 2).sum(axis=1)
+        better = error < least
+        best, least = np.where(better, scale, best), np.where(better, error, least)
+    return best.astype(np.float32)
+
+
+ROUNDINGS: dict[str, Rounding] = {"nearest": Nearest()}
+
+
+def _key(layer: Layer, choice: LayerChoice) -> tuple[str, int, int, str]:
+    """What an entry depends on; layers may share a weight along different axes."""
+    return layer.weight, layer.channel_axis, choice.weight_bits, choice.granularity
+
+
+class Bank:
+    """Quantized weights by layer and choice: built ahead or on demand, kept for good.
+
+    Thread-safe; pickles with what it holds, so that workers get it complete.
+    """
+
+    def __init__(
+        self, graph: Graph, rounding: str = "nearest", calibration: Calibration | None = None
+    ) -> None:
+        if rounding not in ROUNDINGS:
+            raise CandidateError(f"rounding {rounding!r}: {nearest(rounding, ROUNDINGS)}")
+        self.graph = graph
+        self.rounding = rounding
+        self.calibration = calibration
+        self._store: dict[tuple[str, int, int, str], QuantizedWeight] = {}
+        self._lock = threading.Lock()
+
+    def get(self, layer: Layer, choice: LayerChoice) -> QuantizedWeight:
+        """The layer's integers at ``choice.weight_bits`` (2…8, or 16 with ``int16``)."""
+        key = _key(layer, choice)
+        found = self._store.get(key)
+        if found is None:
+            found = self._quantize(layer, choice)
+            with self._lock:
+                found = self._store.setdefault(key, found)
+        return found
+
+    def build(
+        self, choices: Iterable[tuple[Layer, LayerChoice]], workers: int = 1
+    ) -> tuple[int, int]:
+        """Make every entry that ``choices`` needs; returns entries held and their bytes."""
+        todo = {
+            _key(layer, c): (layer, c)
+            for layer, c in choices
+            if c.weight_bits <= 8 or (c.weight_bits == 16 and c.int16)
+        }
+        with ThreadPoolExecutor(max(1, workers)) as pool:
+            for entry in pool.map(lambda item: self.get(*item), todo.values()):
+                if entry.bits < 8:
+                    entry.planes  # noqa: B018  packs now rather than in the first trial
+        return len(self._store), sum(e.values.nbytes for e in self._store.values())
+
+    def _quantize(self, layer: Layer, choice: LayerChoice) -> QuantizedWeight:
+        weight = self.graph.array(layer.weight)
+        rows = np.moveaxis(weight, layer.channel_axis, 0)
+        matrix = np.ascontiguousarray(rows.reshape(rows.shape[0], -1))
+        moments = self.calibration.moments.get(layer.name) if self.calibration else None
+        values, scale = ROUNDINGS[self.rounding](
+            matrix, choice.weight_bits, choice.granularity, moments
+        )
+        kind = np.int8 if choice.weight_bits <= 8 else np.int16
+        values = np.moveaxis(values.reshape(rows.shape), 0, layer.channel_axis).astype(kind)
+        return QuantizedWeight(
+            np.ascontiguousarray(values), scale, choice.weight_bits, layer.channel_axis
+        )
+
+    def __getstate__(self) -> dict[str, object]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "calibration")} | {
+            "calibration": None
+        }
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()

@@ -1,0 +1,272 @@
+"""Latency from kernels measured in isolation and boundaries fitted on mixes of the network.
+
+``t = a·Σ kernel + b·(elements float → int8) + c·(elements int8 → float) + d``: the kernel times
+come from one-layer models, the four coefficients (none negative) from a few measured mixes of
+the same network. The constant takes up all operators between the layers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from autoquant.cache import cache_folder
+from autoquant.calibration import Calibration, Histogram
+from autoquant.candidate import FLOAT, Candidate, LayerChoice
+from autoquant.compress import compress
+from autoquant.compress.qdq import Plan, plan, resolve
+from autoquant.compress.rounding import Bank
+from autoquant.errors import HardwareError
+from autoquant.graph import IR_VERSION, Graph, Layer, attributes
+from autoquant.hardware import LatencyModel
+from autoquant.runtime import OnnxRuntime, describe, kernel_times, measure
+from autoquant.task import Array
+
+INT8 = LayerChoice(8, 8)
+_CONVERSIONS = ("QuantizeLinear", "DequantizeLinear", "Transpose", "ReorderInput", "ReorderOutput")
+_PRECISIONS = {"float": FLOAT, "int8": INT8, "dynamic": LayerChoice(8, 8, dynamic=True)}
+
+
+@dataclass(frozen=True, slots=True)
+class TableModel:
+    """Kernel times by layer signature and precision, and the coefficients around them.
+
+    ``error`` is the mean absolute relative error of leave-one-out predictions over ``mixes``.
+    """
+
+    kernel_ms: Mapping[str, float]
+    coefficients: tuple[float, float, float, float]
+    error: float
+    mixes: int
+    batch: int
+    threads: int
+
+    def latency_ms(self, graph: Graph, candidate: Candidate, plan: Plan) -> float:
+        """Predicted milliseconds of a planned candidate. Raises HardwareError."""
+        return float(np.dot(self.coefficients, _features(graph, plan, self.kernel_ms)))
+
+
+def from_profile(model: LatencyModel, batch: int, threads: int) -> TableModel:
+    """The model that a profile or a run holds. Raises HardwareError for other settings."""
+    if (model.batch, model.threads) != (batch, threads):
+        raise HardwareError(
+            f"the profile's latencies are for batch {model.batch} and {model.threads} threads, "
+            f"not {batch} and {threads}"
+        )
+    error = float("nan") if model.error is None else model.error
+    return TableModel(model.kernel_ms, model.coefficients, error, model.mixes, batch, threads)
+
+
+def to_profile(model: TableModel) -> LatencyModel:
+    """The form that profiles and runs store."""
+    machine = describe()
+    return LatencyModel(
+        cpu=machine["cpu"],
+        runtime=f"onnxruntime {machine['onnxruntime']}",
+        batch=model.batch,
+        threads=model.threads,
+        kernel_ms=dict(model.kernel_ms),
+        coefficients=model.coefficients,
+        error=None if math.isnan(model.error) else model.error,
+        mixes=model.mixes,
+        source="measured by autoquant on this machine",
+    )
+
+
+def signature(graph: Graph, layer: Layer, precision: str) -> str:
+    """What a kernel's time depends on: operator, attributes, shapes, what is fused, precision."""
+    node = graph.nodes[layer.node]
+    found = {k: v for k, v in attributes(node).items() if k != "auto_pad"}
+    after = "+".join(graph.nodes[i].op_type for i in layer.absorbed)
+    return (
+        f"{layer.kind}{'+' + after if after else ''} {list(layer.input_shape)} "
+        f"{list(layer.weight_shape)} {json.dumps(found, sort_keys=True, default=str)} {precision}"
+    )
+
+
+def precision(mode: str) -> str:
+    """The kernel that runs a mode of `Plan.modes`: weight-only layers run in float."""
+    return mode if mode in ("int8", "dynamic") else "float"
+
+
+def _features(graph: Graph, plan: Plan, kernel_ms: Mapping[str, float]) -> list[float]:
+    total = 0.0
+    for layer in graph.layers:
+        if layer.kind == "Gather":
+            continue
+        key = signature(graph, layer, precision(plan.modes[layer.name]))
+        if key not in kernel_ms:
+            raise HardwareError(
+                f"the latency model has no kernel for layer {layer.name!r} "
+                f"({key.rpartition(' ')[2]}): measure it with autoquant profile on this task"
+            )
+        total += kernel_ms[key]
+    to_int8, to_float = plan.boundaries(graph)
+    return [total, to_int8 / 1e6, to_float / 1e6, 1.0]
+
+
+def measure_device(
+    graph: Graph,
+    calibration: Calibration,
+    bank: Bank,
+    inputs: Sequence[Array],
+    *,
+    dialect: str,
+    precisions: Sequence[str] = ("float", "int8"),
+    threads: int = 1,
+    seed: int = 0,
+) -> TableModel:
+    """Time every distinct kernel of ``graph`` here and fit the coefficients.
+
+    ``inputs``: one batch at the size that the latency is for. Kernel times are cached on disk
+    by CPU, runtime version, threads and batch.
+    """
+    batch = int(inputs[0].shape[0])
+    kernel_ms = _kernel_table(graph, precisions, batch, threads)
+    mixes = _mixes(graph, [p for p in precisions if p != "float"], seed)
+    features, sessions = [], {}
+    for index, mix in enumerate(mixes):
+        resolved = resolve(graph, mix)
+        features.append(_features(graph, plan(graph, resolved, dialect), kernel_ms))
+        artifact = compress(graph, mix, calibration, bank, dialect)
+        sessions[index] = OnnxRuntime().open(artifact.model, threads)
+    found = measure(sessions, inputs, threads=threads, seconds=0.5, min_rounds=20, max_rounds=200)
+    times = np.array([found[i].latency_ms for i in range(len(mixes))])
+    matrix = np.array(features)
+    coefficients = _fit(matrix, times)
+    errors = []
+    for left in range(len(mixes) if len(mixes) > 5 else 0):
+        kept = np.arange(len(mixes)) != left
+        guess = matrix[left] @ _fit(matrix[kept], times[kept])
+        errors.append(abs(guess / times[left] - 1))
+    return TableModel(
+        kernel_ms=kernel_ms,
+        coefficients=tuple(float(c) for c in coefficients),  # type: ignore[arg-type]
+        error=float(np.mean(errors)) if errors else float("nan"),
+        mixes=len(mixes),
+        batch=batch,
+        threads=threads,
+    )
+
+
+def _fit(matrix: Array, times: Array) -> Array:
+    """Non-negative least squares on relative errors."""
+    from scipy.optimize import nnls
+
+    weight = 1.0 / times
+    scale = np.maximum(np.abs(matrix).max(axis=0), 1e-12)
+    solution, _ = nnls(matrix / scale * weight[:, None], np.ones(len(times)))
+    return np.asarray(solution / scale)
+
+
+def _mixes(graph: Graph, precisions: Sequence[str], seed: int) -> list[Candidate]:
+    """Ends, blocks, alternations and random mixes: what identifies four coefficients."""
+    names = [x.name for x in graph.layers if x.kind != "Gather"]
+    count = len(names)
+    masks = [np.zeros(count, bool), np.ones(count, bool)]
+    half = np.arange(count) < count // 2
+    masks += [half, ~half, np.arange(count) % 2 == 0, np.arange(count) // 4 % 2 == 0]
+    generator = np.random.default_rng(seed)
+    masks += [generator.random(count) < share for share in (0.2, 0.35, 0.5, 0.5, 0.65, 0.8, 0.9)]
+    found = []
+    for name in precisions:
+        for mask in masks:
+            layers = {
+                n: _PRECISIONS[name]
+                for n, on in zip(names, mask, strict=True)
+                if on and (name != "dynamic" or graph.by_name[n].kind in ("Gemm", "MatMul"))
+            }
+            found.append(Candidate(layers))
+    return list(dict.fromkeys(found)) or [Candidate()]
+
+
+def _kernel_table(
+    graph: Graph, precisions: Sequence[str], batch: int, threads: int
+) -> dict[str, float]:
+    machine = json.dumps({**describe(), "batch": batch, "threads": threads}, sort_keys=True)
+    digest = hashlib.sha256(machine.encode()).hexdigest()[:12]
+    path = cache_folder() / f"kernels-{digest}.json"
+    try:
+        known: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    table, fresh = {}, False
+    for layer in graph.layers:
+        if layer.kind == "Gather":
+            continue
+        for name in {"float", *precisions}:
+            if name == "dynamic" and layer.kind not in ("Gemm", "MatMul"):
+                continue
+            key = signature(graph, layer, name)
+            if key not in known:
+                known[key], fresh = _kernel_time(graph, layer, name, batch, threads), True
+            table[key] = known[key]
+    if fresh:
+        _write(path, known)
+    return table
+
+
+def _write(path: Path, known: Mapping[str, float]) -> None:
+    """Replace the cache file at once; a cache that cannot be written is no error."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(dict(known), file, indent=0, sort_keys=True)
+        Path(temporary).replace(path)
+    except OSError:
+        return
+
+
+def _kernel_time(graph: Graph, layer: Layer, name: str, batch: int, threads: int) -> float:
+    """Milliseconds of a layer alone at one precision, conversions around it left out."""
+    shape = (layer.input_shape[0] * batch, *layer.input_shape[1:])
+    single = _single(graph, layer, shape)
+    generator = np.random.default_rng(0)
+    value = generator.normal(size=shape).astype(np.float32)
+    calibration = Calibration({}, {}, (), 1, "minmax")
+    clamped = any(graph.nodes[i].op_type in ("Relu", "Clip") for i in layer.absorbed)
+    for tensor, low in ((layer.input, -4.0), (layer.output, 0.0 if clamped else -4.0)):
+        histogram = Histogram()
+        histogram.add(np.array([low, 4.0]))
+        calibration.histograms[tensor] = histogram
+    candidate = Candidate({single.layers[0].name: _PRECISIONS[name]})
+    artifact = compress(single, candidate, calibration, Bank(single), "onnxruntime")
+    runs = int(np.clip(2e9 / max(1, layer.macs * batch), 15, 100))
+    times = kernel_times(artifact.model, [value], threads=threads, runs=runs)
+    return sum(t for key, t in times.items() if key.split("/")[0] not in _CONVERSIONS)
+
+
+def _single(graph: Graph, layer: Layer, shape: tuple[int, ...]) -> Graph:
+    """A graph of one layer and what it absorbs, on an input of ``shape``."""
+    fixed = 1 if layer.kind in ("Conv", "ConvTranspose") else len(shape) - 1
+    free = [f"d{i}" if i < fixed else n for i, n in enumerate(shape)]  # as in the network
+    indices = (layer.node, *layer.absorbed)
+    nodes = [graph.nodes[i] for i in indices]
+    names = {n for node in nodes for n in node.input if n in graph.initializers}
+    initializers = [numpy_helper.from_array(graph.array(n), n) for n in sorted(names)]
+    model = helper.make_model(
+        helper.make_graph(
+            nodes,
+            "layer",
+            [helper.make_tensor_value_info(layer.input, onnx.TensorProto.FLOAT, free)],
+            [helper.make_tensor_value_info(layer.output, onnx.TensorProto.FLOAT, None)],
+            initializers,
+        ),
+        opset_imports=list(graph.model.opset_import),
+        ir_version=IR_VERSION,
+    )
+    lone = replace(layer, node=0, absorbed=tuple(range(1, len(nodes))))
+    tensors = {n: graph.tensors[n] for node in nodes for n in node.output}
+    tensors[layer.input] = graph.tensors[layer.input]
+    return Graph(model, [lone], tensors)

@@ -1,0 +1,109 @@
+"""Progress of a search on a terminal or in a notebook: stages, a bar, the best so far."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from autoquant.result import TrialResult
+from autoquant.search.study import Callback
+
+
+class ProgressBar(Callback):
+    """A rich progress bar on stderr; plain lines where stderr is no terminal."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True)
+        self.progress: Progress | None = None
+        self.failed = 0
+        self.best: TrialResult | None = None
+        self.smallest: TrialResult | None = None
+        self.reference = 0.0
+
+    def stage(self, text: str) -> None:
+        """One line a stage."""
+        self._stop()
+        self.console.print(f"[dim]autoquant:[/] {text}", highlight=False)
+
+    def start(
+        self,
+        study: Mapping[str, Any],
+        layers: Sequence[Mapping[str, Any]],
+        done: Sequence[TrialResult],
+    ) -> None:
+        """Open the bar."""
+        name = study["name"]
+        self.console.print(
+            f"[dim]autoquant:[/] searching {name}: {study['trials']} trials over "
+            f"{len(layers)} layers" + (f", {len(done)} done before" if done else ""),
+            highlight=False,
+        )
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not (self.console.is_terminal or "ipykernel" in sys.modules),
+        )
+        self.bar = self.progress.add_task("search", total=study["trials"], completed=len(done))
+        self.progress.start()
+        for result in done:
+            self._count(result)
+
+    def trial(self, result: TrialResult) -> None:
+        """Advance, with the best so far."""
+        self._count(result)
+        if result.status == "failed":
+            self.console.print(
+                f"[yellow]autoquant: trial {result.trial} failed: {result.error}[/]",
+                highlight=False,
+                markup=True,
+            )
+        if self.progress is not None:
+            self.progress.update(self.bar, advance=1, description=self._text())
+
+    def finish(self, front: Any) -> None:
+        """Close the bar."""
+        self._stop()
+
+    def _count(self, result: TrialResult) -> None:
+        self.failed += result.status == "failed"
+        if result.status != "complete" or result.score is None or result.predicted is None:
+            return
+        if self.best is None or result.score.value > self.best.score.value:  # type: ignore[union-attr]
+            self.best = result
+        close = result.score.drop <= 0.01 * abs(result.score.value + result.score.drop)
+        if close and (
+            self.smallest is None
+            or result.predicted.size_bytes < self.smallest.predicted.size_bytes  # type: ignore[union-attr]
+        ):
+            self.smallest = result
+
+    def _text(self) -> str:
+        parts = []
+        if self.best is not None and self.best.score is not None:
+            parts.append(f"best {self.best.score.value:.4f}")
+        if self.smallest is not None and self.smallest.predicted is not None:
+            parts.append(f"within 1 %: {self.smallest.predicted.size_bytes / 1e3:,.0f} kB")
+        if self.failed:
+            parts.append(f"{self.failed} failed")
+        return ", ".join(parts) or "search"
+
+    def _stop(self) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None

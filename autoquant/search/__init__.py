@@ -1,0 +1,451 @@
+"""A search: prepare, run trials, verify the front, write the run folder."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import yaml
+
+from autoquant import document
+from autoquant.calibration import fixed_batch
+from autoquant.cost.table import to_profile
+from autoquant.errors import NoFeasibleMember, RunError
+from autoquant.evaluate import Evaluator
+from autoquant.front import (
+    Front,
+    Member,
+    check_objectives,
+    members_of,
+    reference_point,
+    relative_hypervolume,
+)
+from autoquant.hardware import Hardware, LatencyModel, load_hardware
+from autoquant.result import TrialResult
+from autoquant.runtime import RUNTIMES, describe, measure
+from autoquant.search import executor as executors
+from autoquant.search.study import Callback, Study, StudySettings
+from autoquant.search.trial import (
+    Context,
+    Limits,
+    evaluator_for,
+    float_model,
+    latency_inputs,
+    prepare,
+)
+from autoquant.space import Space, load_space
+from autoquant.task import Task
+
+if TYPE_CHECKING:
+    from optuna.samplers import BaseSampler
+
+__all__ = ["Callback", "SearchSettings", "search"]
+
+OBJECTIVES = ("accuracy", "latency_ms", "size_bytes")
+_SAME_ON_RESUME = ("task", "space", "hardware", "objectives", "batch", "threads", "seed")
+
+
+@dataclass(frozen=True, slots=True)
+class SearchSettings:
+    """Everything about a search but the task: what study.yaml holds.
+
+    ``trials`` is the total, with ``resume`` too. ``timeout`` in seconds is for the trials.
+    ``batch`` and ``threads`` are those of latencies. ``workers`` above 1, or a
+    ``ray_address``, runs trials as Ray tasks. ``storage``: an Optuna URL, None for a journal
+    file in the run folder.
+    """
+
+    space: str | Path | Space = "mixed"
+    hardware: str | Path | Hardware = "onnxruntime-cpu"
+    objectives: Sequence[str] = OBJECTIVES
+    trials: int = 60
+    timeout: float | None = None
+    max_size_bytes: int | None = None
+    max_latency_ms: float | None = None
+    max_drop: float | None = None
+    batch: int = 1
+    threads: int = 1
+    workers: int = 1
+    ray_address: str | None = None
+    storage: str | None = None
+    sampler: str | BaseSampler = "tpe"
+    seed: int = 0
+    name: str | None = None
+    runs_dir: str | Path = "runs"
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("trials", "batch", "threads", "workers"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise RunError(f"--{name} is {value!r}; it must be a whole number of at least 1")
+        for name in ("timeout", "max_size_bytes", "max_latency_ms"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise RunError(f"--{name.replace('_', '-')} is {value!r}; it must be above 0")
+        if self.resume and self.name is None:
+            raise RunError("--resume needs --name: which run to continue")
+        if self.name is not None and (not self.name or "/" in self.name or self.name[0] == "."):
+            raise RunError(f"--name {self.name!r}: give a plain folder name")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for YAML; spaces and profiles in full."""
+        space, hardware = load_space(self.space), load_hardware(self.hardware)
+        return {
+            "space": space.model_dump(mode="json", by_alias=True, exclude_defaults=True),
+            "hardware": hardware.model_dump(mode="json", exclude_defaults=True),
+            "objectives": list(self.objectives),
+            "trials": self.trials,
+            "timeout": self.timeout,
+            "max_size_bytes": self.max_size_bytes,
+            "max_latency_ms": self.max_latency_ms,
+            "max_drop": self.max_drop,
+            "batch": self.batch,
+            "threads": self.threads,
+            "workers": self.workers,
+            "ray_address": self.ray_address,
+            "storage": self.storage,
+            "sampler": self.sampler if isinstance(self.sampler, str) else repr(self.sampler),
+            "seed": self.seed,
+            "name": self.name,
+        }
+
+
+def search(
+    task: Task,
+    settings: SearchSettings | None = None,
+    *,
+    source: Mapping[str, Any] | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> Front:
+    """Search for the Pareto front of one task. Everything lands in ``runs_dir/name``.
+
+    ``source``: how the task was named on the command line, for study.yaml. Raises UserError
+    before trials start, NoFeasibleMember where no trial satisfies the limits; trials that
+    fail are recorded and the search goes on. Ctrl-C ends it with the front so far.
+    """
+    settings = settings or SearchSettings()
+    started = time.perf_counter()
+    objectives = check_objectives(settings.objectives)
+    run = _open_run(task, settings, source or {"task": task.name})
+
+    def say(text: str) -> None:
+        for callback in callbacks:
+            callback.stage(text)
+
+    try:
+        context = prepare(
+            task,
+            space=load_space(settings.space),
+            hardware=run.hardware(load_hardware(settings.hardware)),
+            limits=Limits(settings.max_size_bytes, settings.max_latency_ms, settings.max_drop),
+            batch=settings.batch,
+            threads=settings.threads,
+            seed=settings.seed,
+            say=say,
+        )
+        study = Study(
+            context,
+            StudySettings(
+                name=run.name,
+                folder=run.folder,
+                objectives=objectives,
+                trials=settings.trials,
+                timeout=settings.timeout,
+                sampler=settings.sampler,
+                seed=settings.seed,
+                storage=settings.storage,
+            ),
+            settings.resume,
+        )
+    except BaseException:
+        run.discard()
+        raise
+    run.write(describe_environment())
+    _save_inputs(context, run.folder / "inputs.npz")
+    if context.cost.latency is not None:
+        write_json(run.latency, to_profile(context.cost.latency).model_dump(mode="json"))
+    layers = [layer.to_dict() for layer in context.graph.layers]
+    for callback in callbacks:
+        callback.start(run.content, layers, tuple(study.results))
+    _run(study, context, settings, callbacks)
+    front = _front(task, settings, context, study.results, objectives, run, say)
+    front = replace(front, seconds=run.seconds + time.perf_counter() - started)
+    write_json(run.folder / "front.json", front.to_dict())
+    for callback in callbacks:
+        callback.finish(front)
+    if not front.members:
+        raise NoFeasibleMember(_why_none(run.name, study.results))
+    return front
+
+
+def _run(
+    study: Study, context: Context, settings: SearchSettings, callbacks: Sequence[Callback]
+) -> None:
+    if len(study.results) >= settings.trials:
+        return
+    executor = executors.make(context, settings.workers, settings.ray_address)
+    try:
+        reason = study.run(executor, callbacks)
+    finally:
+        executor.close()
+    said = {
+        "timeout": "time is up",
+        "exhausted": "no new candidate is left in this space",
+        "interrupted": "interrupted; verifying the front so far (again to leave at once)",
+    }
+    if reason in said:
+        for callback in callbacks:
+            callback.stage(said[reason])
+
+
+def _why_none(name: str, results: Sequence[TrialResult]) -> str:
+    failed = [r for r in results if r.status == "failed"]
+    if results and len(failed) == len(results):
+        return f"run {name!r}: all {len(results)} trials failed, the last with: {failed[-1].error}"
+    if not results:
+        return f"run {name!r}: no trial was finished"
+    return (
+        f"run {name!r}: none of {len(results)} trials satisfies the limits; "
+        "loosen --max-size-bytes, --max-latency-ms or --max-drop, or widen the space"
+    )
+
+
+# --- verification ----------------------------------------------------------------------------
+
+
+def _front(
+    task: Task,
+    settings: SearchSettings,
+    context: Context,
+    results: Sequence[TrialResult],
+    objectives: Sequence[str],
+    run: _Run,
+    say: Any,
+) -> Front:
+    reference = context.evaluator.reference
+    assert reference is not None
+    corner = reference_point(context.baseline, reference.value, objectives)
+    members = members_of(results, objectives)
+    volume = relative_hypervolume(members, corner, reference.value)
+    model = float_model(context.graph)
+    baseline: dict[str, Any] = {
+        "accuracy": reference.value,
+        "test_accuracy": None,
+        "latency_ms": None,
+        "size_bytes": len(model),
+        "predicted": context.baseline.to_dict(),
+    }
+    if members:
+        say(f"verifying {len(members)} members of the front")
+        members = _verify(task, settings, context, results, members, run.folder, baseline)
+    return Front(
+        run=run.name,
+        task=task.name,
+        hardware=context.hardware.name,
+        objectives=tuple(objectives),
+        reference_point=corner,
+        hypervolume=volume,
+        trials=len(results),
+        seconds=0.0,
+        baseline=baseline,
+        members=tuple(members),
+        folder=run.folder,
+    )
+
+
+def _verify(
+    task: Task,
+    settings: SearchSettings,
+    context: Context,
+    results: Sequence[TrialResult],
+    members: Sequence[Member],
+    folder: Path,
+    baseline: dict[str, Any],
+) -> list[Member]:
+    """Rebuild every member's file, score it on the test split and measure its latency."""
+    runtime = RUNTIMES[context.hardware.runtime]()
+    hashes = {r.trial: r.sha256 for r in results}
+    test = _test_evaluator(task, context)
+    if test is not None:
+        baseline["test_accuracy"] = test.set_reference(
+            runtime.open(float_model(context.graph))
+        ).value
+    inputs = latency_inputs(task, context.graph, settings.batch)
+    sessions = {"float": runtime.open(float_model(context.graph), settings.threads)}
+    scores = {}
+    for member in members:
+        artifact = context.compress(member.candidate)
+        if artifact.sha256 != hashes[member.trial]:
+            raise RunError(
+                f"trial {member.trial}: the rebuilt file differs from the one that was scored; "
+                "the network, the data or a library changed since: start a new run"
+            )
+        artifact.save(folder / "artifacts" / f"{member.trial}.onnx")
+        sessions[str(member.trial)] = runtime.open(artifact.model, settings.threads)
+        found = member.searched
+        if test is not None:
+            found = test.score(runtime.open(artifact.model))
+        scores[member.trial] = found
+    times = measure(sessions, inputs, threads=settings.threads, runtime=runtime.name, seconds=0.5)
+    baseline.update(times["float"].to_dict())
+    _remove_old_artifacts(folder / "artifacts", {m.trial for m in members})
+    return [
+        replace(
+            member,
+            verified={**scores[member.trial].to_dict(), **times[str(member.trial)].to_dict()},
+            artifact=f"artifacts/{member.trial}.onnx",
+            folder=folder,
+        )
+        for member in members
+    ]
+
+
+def _test_evaluator(task: Task, context: Context) -> Evaluator | None:
+    if task.test is None:
+        return None
+    return evaluator_for(task, context.graph, "test", seed=context.evaluator.seed)
+
+
+def _remove_old_artifacts(folder: Path, members: set[int]) -> None:
+    """Files of members that a longer search has left behind."""
+    for path in folder.glob("*.onnx"):
+        if path.stem.isdigit() and int(path.stem) not in members:
+            path.unlink()
+
+
+def _save_inputs(context: Context, path: Path) -> None:
+    """Up to eight calibration samples under the graph's input names, for packages."""
+    rows = fixed_batch(context.graph) or 8
+    arrays = dict(zip(context.graph.inputs, context.sample, strict=True))
+    try:
+        np.savez(path, allow_pickle=False, **{n: a[:rows] for n, a in arrays.items()})
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+# --- the run folder --------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Run:
+    """A run folder, new or continued."""
+
+    name: str
+    folder: Path
+    content: dict[str, Any]
+    fresh: bool
+    seconds: float = 0.0
+
+    @property
+    def latency(self) -> Path:
+        """Where the run keeps its latency model: one run, one model."""
+        return self.folder / "latency.json"
+
+    def hardware(self, profile: Hardware) -> Hardware:
+        """The profile with the latency model of the run that is resumed."""
+        if profile.model is None and self.latency.is_file():
+            model = document.read(self.latency, LatencyModel, RunError)
+            return profile.model_copy(update={"model": model})
+        return profile
+
+    def write(self, environment: Mapping[str, Any]) -> None:
+        """Write study.yaml and environment.json."""
+        text = yaml.safe_dump(self.content, sort_keys=False, allow_unicode=True)
+        write_text(self.folder / "study.yaml", text)
+        write_json(self.folder / "environment.json", environment)
+
+    def discard(self) -> None:
+        """Remove a new folder that never got to hold a trial."""
+        if self.fresh:
+            for path in self.folder.iterdir():
+                if path.is_file() or path.is_symlink():
+                    path.unlink()
+            self.folder.rmdir()
+
+
+def _open_run(task: Task, settings: SearchSettings, source: Mapping[str, Any]) -> _Run:
+    """Make the run folder, or check that the one to resume fits. Raises RunError."""
+    base = Path(settings.runs_dir)
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    name = settings.name or f"{task.name}-{load_space(settings.space).name}-{stamp}"
+    folder = base / name
+    content = {**source, **settings.to_dict(), "name": name}
+    if settings.resume:
+        path = folder / "study.yaml"
+        if not path.is_file():
+            raise RunError(f"--resume: there is no run {name!r} under {base}")
+        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        for key in _SAME_ON_RESUME:
+            if before.get(key) != json.loads(json.dumps(content.get(key))):
+                raise RunError(
+                    f"--resume: {key} differs from {path}; "
+                    "give the same one, or choose another --name"
+                )
+        previous = folder / "front.json"
+        seconds = (
+            float(json.loads(previous.read_text(encoding="utf-8")).get("seconds", 0.0))
+            if previous.is_file()
+            else 0.0
+        )
+        return _Run(name, folder, content, fresh=False, seconds=seconds)
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+        folder.mkdir()
+    except FileExistsError:
+        raise RunError(
+            f"run {name!r} exists in {base}: add --resume to continue it, or another --name"
+        ) from None
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be made: {error.strerror}") from None
+    return _Run(name, folder, content, fresh=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace a JSON file at once. Raises RunError."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file at once. Raises RunError."""
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(temporary).chmod(0o644)
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions and machine, for environment.json and manifests."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {}
+    for package in ("autoquant", "numpy", "torch", "onnx", "onnxscript", "optuna", "ray", "mlflow"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        **describe(),
+        "versions": versions,
+    }

@@ -1,0 +1,309 @@
+"""One trial: candidate → artifact → score and cost. Pure: what it needs is in its context."""
+
+from __future__ import annotations
+
+import os
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from autoquant.calibration import Calibration, calibrate, fixed_batch
+from autoquant.candidate import Candidate, LayerChoice
+from autoquant.compress import Artifact, compress
+from autoquant.compress.lower import lower
+from autoquant.compress.qdq import mode, resolve
+from autoquant.compress.rounding import Bank
+from autoquant.cost import CostModel
+from autoquant.cost.table import TableModel, from_profile, measure_device
+from autoquant.errors import AutoquantError, CandidateError
+from autoquant.evaluate import Evaluator
+from autoquant.graph import Graph, Layer
+from autoquant.hardware import Hardware, load_hardware
+from autoquant.result import Cost, Score, TrialResult
+from autoquant.runtime import RUNTIMES, OnnxRuntime
+from autoquant.space import Space, load_space
+from autoquant.task import Array, Task, to_numpy
+
+Say = Callable[[str], None]
+
+
+def silent(_: str) -> None:
+    """A `Say` that says nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Upper bounds; None is no bound. ``drop`` is in the metric's units, on validation."""
+
+    size_bytes: int | None = None
+    latency_ms: float | None = None
+    drop: float | None = None
+
+    def excess(self, predicted: Cost, drop: float | None) -> dict[str, float]:
+        """Limit → how far it is passed (relative for costs; at most 0 is feasible)."""
+        found = {}
+        if self.size_bytes is not None:
+            found["size_bytes"] = predicted.size_bytes / self.size_bytes - 1
+        if self.latency_ms is not None and predicted.latency_ms is not None:
+            found["latency_ms"] = predicted.latency_ms / self.latency_ms - 1
+        if self.drop is not None and drop is not None:
+            found["drop"] = drop - self.drop
+        return found
+
+
+@dataclass(frozen=True)
+class Context:
+    """All that a trial needs, made once by `prepare`; pickles for workers."""
+
+    graph: Graph
+    calibration: Calibration
+    bank: Bank
+    hardware: Hardware
+    cost: CostModel
+    evaluator: Evaluator
+    choices: Mapping[str, tuple[LayerChoice, ...]]
+    limits: Limits
+    baseline: Cost
+    sample: tuple[Array, ...]
+
+    def compress(self, candidate: Candidate) -> Artifact:
+        """The candidate's artifact, in this context's dialect."""
+        return compress(self.graph, candidate, self.calibration, self.bank, self.hardware.dialect)
+
+
+def prepare(
+    task: Task,
+    *,
+    space: str | Space | Candidate = "mixed",
+    hardware: str | Hardware = "onnxruntime-cpu",
+    limits: Limits | None = None,
+    batch: int = 1,
+    threads: int = 1,
+    evaluation_workers: int = 0,
+    latency: bool = True,
+    seed: int = 0,
+    say: Say = silent,
+) -> Context:
+    """Lower, calibrate, build the bank, score the float network and measure the device.
+
+    ``space`` may be one candidate: then only what it needs is made.
+    ``evaluation_workers``: batches evaluated at a time, 0 for one a core. ``latency=False``
+    leaves latencies unpredicted. ``say`` hears what is happening. Raises UserError.
+    """
+    device = load_hardware(hardware)
+    found_space = None if isinstance(space, Candidate) else load_space(space)
+    calibration_split, validation = task.split("calibration"), task.split("validation")
+    say("lowering the network to ONNX")
+    graph = lower(task)
+    if isinstance(space, Candidate):
+        resolved = resolve(graph, space)
+        choices: dict[str, tuple[LayerChoice, ...]] = {
+            name: (choice,) for name, choice in resolved.layers.items()
+        }
+    else:
+        assert found_space is not None
+        choices = _effective(found_space.choices(graph.layers), graph)
+    workers = evaluation_workers or os.cpu_count() or 1
+    say(f"scoring the float network on {validation.samples:,} validation samples")
+    evaluator = evaluator_for(task, graph, "validation", workers=workers, seed=seed)
+    evaluator.set_reference(RUNTIMES[device.runtime]().open(float_model(graph)))
+    say(f"calibrating on {calibration_split.samples:,} samples")
+    method = found_space.calibration if found_space else "mse"
+    calibration = calibrate(graph, calibration_split, method=method, threads=workers)
+    bank = Bank(graph, found_space.rounding if found_space else "nearest", calibration)
+    start = time.perf_counter()
+    entries, size = bank.build(
+        ((graph.by_name[name], c) for name, found in choices.items() for c in found), workers
+    )
+    say(f"weight bank: {entries} entries, {size / 1e6:.1f} MB, {time.perf_counter() - start:.1f} s")
+    predictor = None
+    if latency and device.model is not None:
+        predictor = from_profile(device.model, batch, threads)
+    elif latency:
+        say("timing the kernels of this machine")
+        predictor = _device_model(task, graph, calibration, bank, device, choices, batch, threads)
+        say(f"latency model: {predictor.error:.1%} mean error on held-out mixes")
+    cost = CostModel(graph, device.dialect, predictor)
+    baseline = cost.predict(resolve(graph, Candidate()))
+    return Context(
+        graph=graph,
+        calibration=calibration,
+        bank=bank,
+        hardware=device,
+        cost=cost,
+        evaluator=evaluator,
+        choices=choices,
+        limits=limits or Limits(),
+        baseline=baseline,
+        sample=tuple(array[:8] for array in calibration_split.batches[0]),
+    )
+
+
+def evaluator_for(
+    task: Task, graph: Graph, split: str, *, workers: int = 0, seed: int = 0
+) -> Evaluator:
+    """An evaluator of the task's metric on one split."""
+    fixed = fixed_batch(graph)
+    return Evaluator(
+        task.split(split),
+        task.metric,
+        task.metric_name,
+        rows=fixed or _rows(graph),
+        fixed=fixed is not None,
+        workers=workers or os.cpu_count() or 1,
+        seed=seed,
+    )
+
+
+def _rows(graph: Graph) -> int:
+    """Samples a batch: large enough to be fast, small enough to stay in the caches."""
+    largest = max((t.elements for t in graph.tensors.values()), default=1)
+    return int(np.clip((4 << 20) // max(1, largest), 4, 256))
+
+
+def float_model(graph: Graph) -> bytes:
+    """The float network as a file."""
+    return bytes(graph.model.SerializeToString(deterministic=True))
+
+
+def latency_inputs(task: Task, graph: Graph, batch: int) -> list[Array]:
+    """One batch of the example inputs at the size that latencies are measured for.
+
+    Raises CandidateError where the graph is fixed to another batch.
+    """
+    fixed = fixed_batch(graph)
+    if fixed is not None and fixed != batch:
+        raise CandidateError(f"--batch {batch}: the ONNX file is fixed to a batch of {fixed}")
+    return [np.repeat(to_numpy(value)[:1], batch, axis=0).copy() for value in task.example_inputs]
+
+
+def _effective(
+    choices: Mapping[str, tuple[LayerChoice, ...]], graph: Graph
+) -> dict[str, tuple[LayerChoice, ...]]:
+    """The space's choices as the graph takes them, without duplicates."""
+    result = {}
+    for name, found in choices.items():
+        kept = [resolve(graph, Candidate({name: c})).choice(name) for c in found]
+        result[name] = tuple(dict.fromkeys(kept))
+    return result
+
+
+def _device_model(
+    task: Task,
+    graph: Graph,
+    calibration: Calibration,
+    bank: Bank,
+    hardware: Hardware,
+    choices: Mapping[str, Sequence[LayerChoice]],
+    batch: int,
+    threads: int,
+) -> TableModel:
+    modes = {mode(graph.by_name[name], c) for name, found in choices.items() for c in found}
+    return measure_device(
+        graph,
+        calibration,
+        bank,
+        latency_inputs(task, graph, batch),
+        dialect=hardware.dialect,
+        precisions=[p for p in ("float", "int8", "dynamic") if p == "float" or p in modes],
+        threads=threads,
+    )
+
+
+def run_trial(context: Context, candidate: Candidate, trial: int, seed: int = 0) -> TrialResult:
+    """Compress, score and cost one candidate. An error becomes a failed result."""
+    seconds: dict[str, float] = {}
+    result = TrialResult(trial, candidate, "failed", seconds=seconds, seed=seed)
+
+    def timed(stage: str, start: float) -> float:
+        now = time.perf_counter()
+        seconds[stage] = now - start
+        return now
+
+    try:
+        clock = time.perf_counter()
+        artifact = context.compress(candidate)
+        predicted = context.cost.predict(artifact.candidate)
+        result = replace(result, candidate=artifact.candidate, predicted=predicted)
+        clock = timed("compress", clock)
+        if max(context.limits.excess(predicted, None).values(), default=0.0) > 0:
+            return replace(result, status="infeasible", sha256=artifact.sha256)
+        session = RUNTIMES[context.hardware.runtime]().open(artifact.model)
+        clock = timed("open", clock)
+        score = context.evaluator.score(session)
+        timed("evaluate", clock)
+        excess = context.limits.excess(predicted, score.drop)
+        return replace(
+            result,
+            status="infeasible" if max(excess.values(), default=0.0) > 0 else "complete",
+            score=score,
+            measured={"size_bytes": artifact.size_bytes},
+            sha256=artifact.sha256,
+        )
+    except AutoquantError as error:
+        return replace(result, status="failed", error=str(error))
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{os.path.basename(last.filename)}:{last.lineno}"  # noqa: PTH119
+        reason = " ".join(str(error).split())[:300]
+        return replace(result, status="failed", error=f"{type(error).__name__}: {reason} ({where})")
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """One candidate built, predicted and scored."""
+
+    artifact: Artifact
+    predicted: Cost
+    score: Score
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``autoquant compress --json`` prints."""
+        return {
+            "key": self.artifact.candidate.key,
+            "predicted": self.predicted.to_dict(),
+            "score": self.score.to_dict(),
+        }
+
+
+def score_candidate(
+    task: Task,
+    candidate: Candidate,
+    *,
+    hardware: str | Hardware = "onnxruntime-cpu",
+    batch: int = 1,
+    threads: int = 1,
+    split: str = "validation",
+    latency: bool = True,
+    say: Say = silent,
+) -> Scored:
+    """Build, predict and score one candidate by the search's own path.
+
+    Raises UserError.
+    """
+    context = prepare(
+        task,
+        space=candidate,
+        hardware=hardware,
+        batch=batch,
+        threads=threads,
+        latency=latency,
+        say=say,
+    )
+    artifact = context.compress(candidate)
+    evaluator = context.evaluator
+    if split != "validation":
+        evaluator = evaluator_for(task, context.graph, split)
+        evaluator.set_reference(OnnxRuntime().open(float_model(context.graph)))
+    score = evaluator.score(RUNTIMES[context.hardware.runtime]().open(artifact.model))
+    return Scored(artifact, context.cost.predict(artifact.candidate), score)
+
+
+def inspect_layers(task: Task) -> tuple[Graph, list[Layer]]:
+    """The float graph of a task and its layers in order."""
+    graph = lower(task)
+    return graph, list(graph.layers)

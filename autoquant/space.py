@@ -1,0 +1,151 @@
+"""Search spaces: ``search_spaces/*.yaml`` → the choices of every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from itertools import product
+from pathlib import Path
+from typing import Protocol
+
+from pydantic import Field, field_validator
+
+from autoquant import document
+from autoquant.candidate import ACTIVATION_BITS, FLOAT, WEIGHT_BITS, LayerChoice
+from autoquant.errors import CandidateError, SpaceError
+
+
+class NamedLayer(Protocol):
+    """What a space needs of a layer."""
+
+    @property
+    def name(self) -> str:
+        """Its name in the graph."""
+        ...
+
+    @property
+    def kind(self) -> str:
+        """Its ONNX operator."""
+        ...
+
+
+class Rule(document.Document):
+    """Choices for the layers that it matches: every pair of the two bit widths, and float."""
+
+    layers: str | tuple[str, ...] = "*"
+    kinds: tuple[str, ...] | None = None
+    weight_bits: tuple[int, ...] = ()
+    activation_bits: tuple[int, ...] = (32,)
+    float_: bool = Field(default=False, alias="float")
+    granularity: str = "channel"
+    symmetric: bool = False
+    dynamic: bool = False
+    int16: bool = False
+
+    @field_validator("weight_bits", "activation_bits", mode="before")
+    @classmethod
+    def _listed(cls, value: object) -> object:
+        return (value,) if isinstance(value, int) else value
+
+    @field_validator("weight_bits")
+    @classmethod
+    def _known_weights(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        return _known(value, WEIGHT_BITS)
+
+    @field_validator("activation_bits")
+    @classmethod
+    def _known_activations(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        return _known(value, ACTIVATION_BITS)
+
+    @field_validator("kinds")
+    @classmethod
+    def _known_kinds(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        valid = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Gather")
+        for kind in value or ():
+            if kind not in valid:
+                raise ValueError(f"{kind!r} is not one of {', '.join(valid)}")
+        return value
+
+    def matches(self, layer: NamedLayer) -> bool:
+        """Whether the rule is about this layer (shell patterns over its name)."""
+        patterns = (self.layers,) if isinstance(self.layers, str) else self.layers
+        return (self.kinds is None or layer.kind in self.kinds) and any(
+            fnmatchcase(layer.name, pattern) for pattern in patterns
+        )
+
+    def choices(self, kind: str) -> tuple[LayerChoice, ...]:
+        """From the smallest to the largest; float last."""
+        found = []
+        is_product = kind in ("Gemm", "MatMul")
+        widths = (32,) if kind == "Gather" else self.activation_bits
+        for weight, activation in product(sorted(self.weight_bits), sorted(widths)):
+            if weight == activation == 32:
+                continue
+            dynamic = self.dynamic and is_product and weight <= 8 and activation == 8
+            found.append(
+                LayerChoice(
+                    weight,
+                    activation,
+                    granularity=self.granularity,
+                    symmetric=self.symmetric,
+                    dynamic=dynamic,
+                    int16=self.int16,
+                )
+            )
+        is_float = self.float_ or (32 in self.weight_bits and 32 in self.activation_bits)
+        return tuple(dict.fromkeys([*found, FLOAT] if is_float or not found else found))
+
+
+def _known(value: tuple[int, ...], valid: tuple[int, ...]) -> tuple[int, ...]:
+    for bits in value:
+        if bits not in valid:
+            raise ValueError(f"{bits} is not one of {', '.join(map(str, valid))}")
+    return tuple(sorted(set(value)))
+
+
+class Space(document.Document):
+    """What a search may choose: for each layer the last rule that matches it decides.
+
+    A layer that no rule matches stays float.
+    """
+
+    name: str = ""
+    description: str = ""
+    calibration: str = "mse"
+    rounding: str = "nearest"
+    rules: tuple[Rule, ...] = Field(min_length=1)
+
+    def choices(self, layers: Iterable[NamedLayer]) -> dict[str, tuple[LayerChoice, ...]]:
+        """Layer name → its choices in order. Raises SpaceError for a pattern without a layer."""
+        layers = list(layers)
+        result: dict[str, tuple[LayerChoice, ...]] = {}
+        used: set[int] = set()
+        for layer in layers:
+            found: tuple[LayerChoice, ...] = (FLOAT,)
+            for index, rule in enumerate(self.rules):
+                if rule.matches(layer):
+                    used.add(index)
+                    try:
+                        found = rule.choices(layer.kind)
+                    except CandidateError as error:
+                        raise SpaceError(
+                            f"space {self.name!r}: rule {index + 1}: {error}"
+                        ) from None
+            result[layer.name] = found
+        for index, rule in enumerate(self.rules):
+            if index not in used and rule.kinds is None:
+                raise SpaceError(
+                    f"space {self.name!r}: rule {index + 1} (layers: {rule.layers}) matches no "
+                    f"layer; there is: {', '.join(layer.name for layer in layers[:8])}"
+                    + (", …" if len(layers) > 8 else "")
+                )
+        return result
+
+
+def load_space(name: str | Path | Space) -> Space:
+    """Read a space by built-in name or path. Raises SpaceError."""
+    if isinstance(name, Space):
+        return name
+    path = document.find(str(name), "search_spaces", "space", SpaceError)
+    space = document.read(path, Space, SpaceError)
+    return space.model_copy(update={"name": space.name or path.stem})

@@ -1,0 +1,81 @@
+"""What every entry of ``RUNTIMES`` must do. Parametrize a subclass over ``runtime``."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from conftest import build, node
+
+from autoquant.errors import ModelError
+from autoquant.runtime import Runtime
+from autoquant.task import Array
+
+
+def _two_outputs() -> onnx.ModelProto:
+    """y = x · w, z = x + u."""
+    return build(
+        [node("Add", ["x", "u"], ["z"]), node("MatMul", ["x", "w"], ["y"])],
+        {"w": _w()},
+        {"x": ["N", 4], "u": ["N", 4]},
+        ["y", "z"],
+    )
+
+
+def _w() -> Array:
+    return np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+
+
+def _inputs(rows: int) -> list[Array]:
+    generator = np.random.default_rng(1)
+    return [generator.normal(size=(rows, 4)).astype(np.float32) for _ in range(2)]
+
+
+class RuntimeContract:
+    @pytest.mark.parametrize("threads", (1, 2))
+    def test_inputs_and_outputs_come_in_graph_order(self, runtime: Runtime, threads: int) -> None:
+        session = runtime.open(_two_outputs().SerializeToString(), threads)
+        assert list(session.input_names) == ["x", "u"]
+        x, u = _inputs(5)
+        y, z = session.run([x, u])
+        np.testing.assert_allclose(y, x @ _w(), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(z, x + u, rtol=1e-6)
+
+    def test_it_opens_bytes_and_paths(self, runtime: Runtime, tmp_path: Path) -> None:
+        path = tmp_path / "model.onnx"
+        onnx.save(_two_outputs(), path)
+        inputs = _inputs(3)
+        expected = runtime.open(_two_outputs().SerializeToString()).run(inputs)
+        for source in (path, str(path)):
+            for a, b in zip(runtime.open(source).run(inputs), expected, strict=True):
+                assert np.array_equal(a, b)
+
+    def test_a_dynamic_batch_takes_any_batch(self, runtime: Runtime) -> None:
+        session = runtime.open(_two_outputs().SerializeToString())
+        for rows in (1, 7, 2):
+            assert session.run(_inputs(rows))[0].shape == (rows, 3)
+
+    def test_a_session_is_safe_in_several_threads(self, runtime: Runtime) -> None:
+        session = runtime.open(_two_outputs().SerializeToString())
+        batches = [_inputs(rows) for rows in (1, 2, 3, 4) * 8]
+        alone = [session.run(batch)[0] for batch in batches]
+        with ThreadPoolExecutor(4) as pool:
+            together = [out[0] for out in pool.map(session.run, batches)]
+        assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))
+
+    @pytest.mark.parametrize("data", (b"", b"not a model"))
+    def test_what_is_no_model_is_a_model_error_of_one_line(
+        self, runtime: Runtime, data: bytes
+    ) -> None:
+        with pytest.raises(ModelError) as caught:
+            runtime.open(data)
+        assert "\n" not in str(caught.value)
+
+    def test_a_missing_file_is_a_model_error_that_names_it(
+        self, runtime: Runtime, tmp_path: Path
+    ) -> None:
+        with pytest.raises(ModelError, match=r"nothing\.onnx"):
+            runtime.open(tmp_path / "nothing.onnx")
