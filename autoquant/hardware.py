@@ -24,8 +24,8 @@ class LatencyModel(document.Document):
     """A measured latency model: what `autoquant profile` writes.
 
     ``kernel_ms``: signature of a layer at a precision → isolated kernel time.
-    ``coefficients``: of the kernel sum, of the elements converted to int8 and to float (in
-    millions), and the constant in ms. ``error``: mean absolute relative error on held-out ones
+    ``coefficients``: of the kernel sum of each precision, of the elements converted to int8 and
+    to float (in millions), and the constant in ms. ``error``: mean absolute relative error on held-out ones
     of the ``mixes`` that the coefficients were fitted on.
     """
 
@@ -34,7 +34,7 @@ class LatencyModel(document.Document):
     batch: int
     threads: int
     kernel_ms: dict[str, float]
-    coefficients: tuple[float, float, float, float]
+    coefficients: dict[str, float]
     error: float | None = None
     mixes: int = 0
     source: str

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +105,20 @@ def test_empty_parts_do_not_change_the_key() -> None:
 
 
 def test_the_key_is_the_same_in_every_process() -> None:
-    """Runs are resumed and shared: a key must not depend on hash seeds or versions."""
-    candidate = Candidate({"conv1": LayerChoice(4, 8), "fc": LayerChoice(8, 32)})
-    assert candidate.key == "4fe9ef3cbda35ca7"
+    """Runs are resumed and shared: a key must not depend on the hash seed."""
+    document = {"layers": {name: {"weight_bits": 4} for name in "abc"}}
+    code = f"from autoquant.candidate import *; print(Candidate.from_dict({document!r}).key)"
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        for seed in ("1", "2")
+    }
+    assert found == {Candidate.from_dict(document).key}
 
 
 def test_what_a_candidate_leaves_out_is_float() -> None:

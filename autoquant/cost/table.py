@@ -1,8 +1,8 @@
 """Latency from kernels measured in isolation and boundaries fitted on mixes of the network.
 
-``t = a·Σ kernel + b·(elements float → int8) + c·(elements int8 → float) + d``: the kernel times
-come from one-layer models, the four coefficients (none negative) from a few measured mixes of
-the same network. The constant takes up all operators between the layers.
+``t = Σ a(precision)·kernel + b·(elements float → int8) + c·(elements int8 → float) + d``: the
+kernel times come from one-layer models, the coefficients (none negative) from a few measured
+mixes of the same network. The constant takes up all operators between the layers.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class TableModel:
     """
 
     kernel_ms: Mapping[str, float]
-    coefficients: tuple[float, float, float, float]
+    coefficients: Mapping[str, float]
     error: float
     mixes: int
     batch: int
@@ -53,7 +53,8 @@ class TableModel:
 
     def latency_ms(self, graph: Graph, candidate: Candidate, plan: Plan) -> float:
         """Predicted milliseconds of a planned candidate. Raises HardwareError."""
-        return float(np.dot(self.coefficients, _features(graph, plan, self.kernel_ms)))
+        features = _features(graph, plan, self.kernel_ms)
+        return sum(self.coefficients.get(name, 0.0) * value for name, value in features.items())
 
 
 def from_profile(model: LatencyModel, batch: int, threads: int) -> TableModel:
@@ -76,7 +77,7 @@ def to_profile(model: TableModel) -> LatencyModel:
         batch=model.batch,
         threads=model.threads,
         kernel_ms=dict(model.kernel_ms),
-        coefficients=model.coefficients,
+        coefficients=dict(model.coefficients),
         error=None if math.isnan(model.error) else model.error,
         mixes=model.mixes,
         source="measured by autoquant on this machine",
@@ -99,20 +100,22 @@ def precision(mode: str) -> str:
     return mode if mode in ("int8", "dynamic") else "float"
 
 
-def _features(graph: Graph, plan: Plan, kernel_ms: Mapping[str, float]) -> list[float]:
-    total = 0.0
+def _features(graph: Graph, plan: Plan, kernel_ms: Mapping[str, float]) -> dict[str, float]:
+    """Kernel ms by precision, millions of converted elements by direction, and one."""
+    found = dict.fromkeys(_PRECISIONS, 0.0)
     for layer in graph.layers:
         if layer.kind == "Gather":
             continue
-        key = signature(graph, layer, precision(plan.modes[layer.name]))
+        name = precision(plan.modes[layer.name])
+        key = signature(graph, layer, name)
         if key not in kernel_ms:
             raise HardwareError(
                 f"the latency model has no kernel for layer {layer.name!r} "
-                f"({key.rpartition(' ')[2]}): measure it with autoquant profile on this task"
+                f"({name}): measure it with autoquant profile on this task"
             )
-        total += kernel_ms[key]
+        found[name] += kernel_ms[key]
     to_int8, to_float = plan.boundaries(graph)
-    return [total, to_int8 / 1e6, to_float / 1e6, 1.0]
+    return {**found, "to_int8": to_int8 / 1e6, "to_float": to_float / 1e6, "constant": 1.0}
 
 
 def measure_device(
@@ -142,7 +145,8 @@ def measure_device(
         sessions[index] = OnnxRuntime().open(artifact.model, threads)
     found = measure(sessions, inputs, threads=threads, seconds=0.5, min_rounds=20, max_rounds=200)
     times = np.array([found[i].latency_ms for i in range(len(mixes))])
-    matrix = np.array(features)
+    names = [name for name in features[0] if any(f[name] for f in features)]
+    matrix = np.array([[f[name] for name in names] for f in features])
     coefficients = _fit(matrix, times)
     errors = []
     for left in range(len(mixes) if len(mixes) > 5 else 0):
@@ -151,7 +155,7 @@ def measure_device(
         errors.append(abs(guess / times[left] - 1))
     return TableModel(
         kernel_ms=kernel_ms,
-        coefficients=tuple(float(c) for c in coefficients),  # type: ignore[arg-type]
+        coefficients={n: float(c) for n, c in zip(names, coefficients, strict=True)},
         error=float(np.mean(errors)) if errors else float("nan"),
         mixes=len(mixes),
         batch=batch,
@@ -170,7 +174,7 @@ def _fit(matrix: Array, times: Array) -> Array:
 
 
 def _mixes(graph: Graph, precisions: Sequence[str], seed: int) -> list[Candidate]:
-    """Ends, blocks, alternations and random mixes: what identifies four coefficients."""
+    """Ends, blocks, alternations and random mixes: what identifies the coefficients."""
     names = [x.name for x in graph.layers if x.kind != "Gather"]
     count = len(names)
     masks = [np.zeros(count, bool), np.ones(count, bool)]

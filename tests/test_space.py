@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from autoquant.candidate import FLOAT, LayerChoice
+from autoquant.document import builtin
+from autoquant.errors import SpaceError
+from autoquant.space import Space, load_space
+
+
+@dataclass(frozen=True)
+class Named:
+    name: str
+    kind: str
+
+
+LAYERS = [
+    Named("stem.conv", "Conv"),
+    Named("stem.up", "ConvTranspose"),
+    Named("block.query", "MatMul"),
+    Named("head", "Gemm"),
+    Named("words", "Gather"),
+]
+
+
+def _space(folder: Path, text: str) -> Space:
+    path = folder / "own.yaml"
+    path.write_text(text)
+    return load_space(path)
+
+
+def _short(space: Space) -> dict[str, list[str]]:
+    return {name: [str(c) for c in found] for name, found in space.choices(LAYERS).items()}
+
+
+def test_the_shipped_spaces_are_those_of_the_documentation() -> None:
+    assert set(builtin("search_spaces")) >= {"int8", "mixed", "low-bit", "weight-only"}
+
+
+@pytest.mark.parametrize(
+    ("name", "conv", "gather"),
+    [
+        ("int8", ["8/8", "float"], ["8/32", "float"]),
+        (
+            "mixed",
+            ["2/8", "3/8", "4/8", "6/8", "8/8", "float"],
+            ["4/32", "6/32", "8/32", "float"],
+        ),
+        ("low-bit", ["2/4", "2/8", "3/4", "3/8", "4/4", "4/8"], ["3/32", "4/32"]),
+        (
+            "weight-only",
+            ["2/32", "3/32", "4/32", "6/32", "8/32", "16/32", "float"],
+            ["2/32", "3/32", "4/32", "6/32", "8/32", "16/32", "float"],
+        ),
+    ],
+)
+def test_the_choices_of_the_shipped_spaces(name: str, conv: list[str], gather: list[str]) -> None:
+    space = load_space(name)
+    assert space.name == name and space.description
+    found = _short(space)
+    assert found["stem.conv"] == found["head"] == found["block.query"] == conv
+    assert found["words"] == gather
+
+
+def test_the_last_rule_that_matches_decides(tmp_path: Path) -> None:
+    space = _space(
+        tmp_path,
+        """
+        rules:
+          - {weight_bits: 8, activation_bits: 8}
+          - {layers: "stem.*", weight_bits: 4, activation_bits: 8, float: true}
+          - {layers: [stem.up, head], float: true}
+        """,
+    )
+    found = _short(space)
+    assert found["stem.conv"] == ["4/8", "float"]
+    assert found["stem.up"] == found["head"] == ["float"]
+    assert found["block.query"] == ["8/8"]
+
+
+def test_a_layer_that_no_rule_matches_stays_float(tmp_path: Path) -> None:
+    space = _space(tmp_path, "rules: [{layers: head, weight_bits: 8}]")
+    assert space.choices(LAYERS)["stem.conv"] == (FLOAT,)
+
+
+def test_a_rule_may_be_for_some_kinds(tmp_path: Path) -> None:
+    text = "rules: [{kinds: [MatMul, Gemm], weight_bits: 8, activation_bits: 8, dynamic: true}]"
+    found = _short(_space(tmp_path, text))
+    assert found["head"] == found["block.query"] == ["8/8 dynamic"]
+    assert found["stem.conv"] == ["float"]
+
+
+def test_dynamic_is_for_products_at_eight_bits(tmp_path: Path) -> None:
+    text = "rules: [{weight_bits: [4, 16], activation_bits: [8, 16], dynamic: true}]"
+    found = _short(_space(tmp_path, text))
+    assert found["head"] == ["4/8 dynamic", "4/16", "16/8", "16/16"]
+    assert found["stem.conv"] == ["4/8", "4/16", "16/8", "16/16"]
+
+
+def test_an_embedding_has_no_activations_and_no_choice_twice(tmp_path: Path) -> None:
+    text = "rules: [{weight_bits: [4, 8], activation_bits: [4, 8, 16]}]"
+    assert _short(_space(tmp_path, text))["words"] == ["4/32", "8/32"]
+
+
+def test_choices_carry_the_settings_of_their_rule(tmp_path: Path) -> None:
+    text = (
+        "rules: [{weight_bits: [8, 16], activation_bits: 8, granularity: tensor, "
+        "symmetric: true, int16: true}]"
+    )
+    assert _space(tmp_path, text).choices(LAYERS)["head"] == (
+        LayerChoice(8, 8, "tensor", symmetric=True, int16=True),
+        LayerChoice(16, 8, "tensor", symmetric=True, int16=True),
+    )
+
+
+def test_choices_come_in_order_whatever_the_file_says(tmp_path: Path) -> None:
+    text = "rules: [{weight_bits: [8, 2, 4, 2], activation_bits: [16, 8]}]"
+    found = _short(_space(tmp_path, text))["head"]
+    assert found == ["2/8", "2/16", "4/8", "4/16", "8/8", "8/16"]
+
+
+def test_thirty_two_bits_of_both_are_float(tmp_path: Path) -> None:
+    found = _short(_space(tmp_path, "rules: [{weight_bits: [8, 32], activation_bits: [8, 32]}]"))
+    assert found["head"] == ["8/8", "8/32", "32/8", "float"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rules: [{layers: tail, weight_bits: 8}]", "rule 1 .* matches no layer; there is: stem"),
+        ("rules: [{weight_bits: 8, granularity: row}]", "granularity is 'row'"),
+    ],
+)
+def test_a_rule_that_does_not_fit_the_network_is_named(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    with pytest.raises(SpaceError, match=message) as caught:
+        _space(tmp_path, text).choices(LAYERS)
+    assert "'own'" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rules: [{weight_bits: 9}]", "9 is not one of 2, 3"),
+        ("rules: [{weight_bits: [8, x]}]", "valid integer"),
+        ("rules: [{activation_bits: 5}]", "5 is not one of 4, 6"),
+        ("rules: [{weight_bits: true}]", "weight_bits"),
+        ("rules: [{kinds: [Convolution]}]", "'Convolution' is not one of Conv"),
+        ("rules: [{weight_bit: 8}]", "did you mean 'weight_bits'"),
+        ("rules: []", "at least 1"),
+        ("rule: []", "rules"),
+    ],
+)
+def test_a_space_that_does_not_parse_says_where(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(SpaceError, match=message) as caught:
+        _space(tmp_path, text)
+    assert "own.yaml:1: " in str(caught.value)
+
+
+def test_a_space_is_named_after_its_file_unless_it_says(tmp_path: Path) -> None:
+    assert _space(tmp_path, "rules: [{float: true}]").name == "own"
+    space = _space(tmp_path, "name: mine\nrules: [{float: true}]")
+    assert space.name == "mine"
+    assert load_space(space) is space
+
+
+def test_an_unknown_space_offers_what_is_close() -> None:
+    with pytest.raises(SpaceError, match="did you mean 'mixed'"):
+        load_space("mixd")
