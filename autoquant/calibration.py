@@ -8,7 +8,7 @@ inputs to an output.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from autoquant.task import Array, Split
 METHODS = ("minmax", "percentile", "mse", "entropy")
 BINS = 8192
 _BATCH_BYTES = 256 << 20  # of activations at a time
+_POSITIONS = 1 << 15  # of an input that its second moments see at least, where there are as many
 _SAMPLE = 1 << 16  # histogram samples a tensor and batch; minimum and maximum see every element
 
 
@@ -134,6 +135,11 @@ class Moments:
     mean: Array
     samples: int
 
+    def centred(self) -> Array:
+        """Covariance: E[x xᵀ] − E[x] E[x]ᵀ, shape (groups, K, K)."""
+        outer: Array = self.mean[:, :, None] * self.mean[:, None, :]
+        return self.second - outer
+
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
@@ -151,6 +157,10 @@ class Calibration:
     method: str = "mse"
     _ranges: dict[tuple[str, int], tuple[float, float]] = field(default_factory=dict)
 
+    def without_moments(self) -> Calibration:
+        """The same without second moments, which only the weight bank needs."""
+        return replace(self, moments={})
+
     def range(self, tensor: str, bits: int) -> tuple[float, float]:
         """The calibrated range of an activation tensor; contains zero. Kept once found."""
         key = (tensor, bits)
@@ -166,12 +176,18 @@ def calibrate(
     if method not in METHODS:
         raise TaskError(f"calibration method {method!r}: {nearest(method, METHODS)}")
     tensors = [n for n in _activations(graph) if n not in graph.inputs]
+    tensors.sort(key=graph.producer.__getitem__)  # the first that overflows is named
     inputs = [n for n in graph.inputs if graph.tensors[n].dtype == "float32"]
     session = _open(graph, tensors, threads)
     histograms = {name: Histogram() for name in [*inputs, *tensors]}
     sums: dict[str, _MomentSum] = {}
     if moments:
-        sums = {x.name: _MomentSum(x, graph) for x in graph.layers if x.kind != "Gather"}
+        shared: dict[str, _MomentSum] = {}  # layers that see the same vectors share the sum
+        rows_in_all = sum(b[0].shape[0] for b in split.batches)
+        for layer in graph.layers:
+            if layer.kind != "Gather":
+                made = _MomentSum(layer, graph, rows_in_all)
+                sums[layer.name] = shared.setdefault(made.key, made)
     outputs: list[list[Array]] = []
     per_sample = 4 * sum(graph.tensors[n].elements for n in tensors)
     rows = max(1, min(256, _BATCH_BYTES // max(1, per_sample)))
@@ -192,8 +208,8 @@ def calibrate(
                 raise ModelError(
                     f"tensor {name!r} is NaN or infinite on the {split.name} data"
                 ) from None
-        for layer_name, total in sums.items():
-            total.add(found[graph.by_name[layer_name].input])
+        for total in {id(s): s for s in sums.values()}.values():
+            total.add(found[total.layer.input])
         outputs.append([found[name] for name in graph.outputs])
     by_output = tuple(zip(*outputs, strict=True))
     return Calibration(
@@ -245,11 +261,20 @@ def _open(graph: Graph, tensors: Sequence[str], threads: int) -> OnnxSession:
 
 
 class _MomentSum:
-    """Running Σ x xᵀ and Σ x of one layer's (unfolded) inputs."""
+    """Running Σ x xᵀ and Σ x of one layer's (unfolded) inputs.
 
-    def __init__(self, layer: Layer, graph: Graph) -> None:
+    ``rows``: samples to come in all. Of many positions an even grid is taken: at least
+    ``_POSITIONS`` and 64 for each input in all.
+    """
+
+    def __init__(self, layer: Layer, graph: Graph, rows: int) -> None:
         self.layer = layer
         self.attributes: dict[str, Any] = attributes(graph.nodes[layer.node])
+        dense = layer.kind in ("Gemm", "MatMul")
+        kernel = layer.weight_shape[2:] if not dense else ()
+        self.key = f"{layer.input} {layer.group} {kernel} {dense or self.attributes}"
+        inputs = layer.weight_shape[1 - layer.channel_axis] * int(np.prod(kernel))
+        self.share = max(64 * inputs, _POSITIONS) / max(1, rows)  # positions a sample
         self.second: Array | float = 0.0
         self.mean: Array | float = 0.0
         self.count = 0
@@ -257,7 +282,8 @@ class _MomentSum:
     def add(self, values: Array) -> None:
         import torch
 
-        columns = _columns(self.layer, self.attributes, torch.from_numpy(values))
+        most = int(np.ceil(self.share * values.shape[0]))
+        columns = _columns(self.layer, self.attributes, torch.from_numpy(values), most)
         self.second = self.second + (columns @ columns.transpose(1, 2)).double().numpy()
         self.mean = self.mean + columns.sum(2).double().numpy()
         self.count += columns.shape[2]
@@ -267,13 +293,17 @@ class _MomentSum:
         return Moments(np.asarray(self.second) / count, np.asarray(self.mean) / count, self.count)
 
 
-def _columns(layer: Layer, found: dict[str, Any], x: Any) -> Any:
-    """A layer's input as (groups, K, positions): the vectors that its weights multiply."""
+def _columns(layer: Layer, found: dict[str, Any], x: Any, most: int) -> Any:
+    """A layer's input as (groups, K, positions): the vectors that its weights multiply.
+
+    About ``most`` positions, on an even grid.
+    """
     import torch
     from torch.nn import functional
 
     if layer.kind in ("Gemm", "MatMul"):
-        return x.reshape(-1, x.shape[-1]).T[None]
+        flat = x.reshape(-1, x.shape[-1])
+        return flat[:: max(1, flat.shape[0] // most)].T[None]
     n, group = x.shape[0], layer.group
     if layer.kind == "ConvTranspose":
         columns = x.reshape(n, group, x.shape[1] // group, -1)
@@ -287,6 +317,9 @@ def _columns(layer: Layer, found: dict[str, Any], x: Any) -> Any:
     for axis in range(rank):  # unfold every spatial axis: works for 1, 2 and 3 dimensions
         span = (kernel[axis] - 1) * dilations[axis] + 1
         x = x.unfold(2 + axis, span, strides[axis])[..., :: dilations[axis]]
+    total = n * int(np.prod(x.shape[2 : 2 + rank]))
+    step = max(1, int((total / most) ** (1 / rank)))
+    x = x[(slice(None), slice(None), *[slice(step // 2, None, step)] * rank)]
     out = x.shape[2 : 2 + rank]
     x = x.reshape(n, group, x.shape[1] // group, int(np.prod(out)), int(np.prod(kernel)))
     columns = x.permute(1, 2, 4, 0, 3).reshape(group, -1, n * int(np.prod(out)))

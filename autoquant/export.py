@@ -17,7 +17,7 @@ import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import onnx
@@ -40,7 +40,7 @@ from autoquant.search import describe_environment
 from autoquant.search.trial import evaluator_for, float_model
 from autoquant.task import Array, Task
 
-FORMAT = 1
+FORMAT: Final = 1
 MANIFEST = "manifest.json"
 FILES = ("model.onnx", "candidate.yaml", "sample.npz", "run.py", "README.md")
 STEPS = 4  # steps of the narrowest activation grid that outputs may differ by between machines
@@ -107,24 +107,28 @@ class Manifest(_Strict):
 # --- writing ---------------------------------------------------------------------------------
 
 
-def export(member: Member, folder: str | Path, *, front: Front) -> Path:
+def export(member: Member, folder: str | Path, *, front: Front | None = None) -> Path:
     """Write the package of one member of a run and return its folder.
 
     ``folder`` is made; it must not exist or be empty. The package is checked as `verify` does
-    and then moved into place at once. Raises RunError: the folder is in use or cannot be
-    written, or the run lacks the artifact, has another one than was scored, or has no sample.
+    and then moved into place at once. Without ``front`` that of the member's run is read.
+    Raises RunError: the folder is in use or cannot be written, or the run lacks the artifact,
+    has another one than was scored, or has no sample inputs.
     """
     target = Path(folder)
     place = _free(target)
-    run = _Run.read(front, member)
-    model, artifact = _parsed(run.model), f"{run.artifact}"
-    session = OnnxRuntime().open(run.model)
-    sample, tolerance = _sample(run.folder / "inputs.npz", session, member.candidate)
+    if front is None:
+        if member.folder is None:
+            raise RunError(f"trial {member.trial}: its run is not known; give front=…")
+        front = Front.read(member.folder)
+    source = _Source.read(front, member)
+    model, session = _parsed(source.model), OnnxRuntime().open(source.model)
+    sample, tolerance = _sample(source.folder / "inputs.npz", session, member.candidate)
     contents = {
-        "model.onnx": run.model,
+        "model.onnx": source.model,
         "candidate.yaml": _yaml(member.candidate.to_dict()),
         "sample.npz": _npz(sample),
-        "run.py": _RUN.encode(),
+        "run.py": _SCRIPT.encode(),
         "README.md": _readme(front, member).encode(),
     }
     nodes = {node.name: node for node in model.graph.node}
@@ -136,10 +140,10 @@ def export(member: Member, folder: str | Path, *, front: Front) -> Path:
         task=front.task,
         trial=member.trial,
         hardware=front.hardware,
-        dialect=run.dialect,
+        dialect=source.dialect,
         metric=member.searched.metric,
         files={name: hashlib.sha256(data).hexdigest() for name, data in contents.items()},
-        size_bytes=len(run.model),
+        size_bytes=len(source.model),
         session_config=dict(SESSION_CONFIG),
         layers={
             name: LayerSpec(
@@ -155,14 +159,14 @@ def export(member: Member, folder: str | Path, *, front: Front) -> Path:
         baseline=dict(front.baseline),
         tolerance=tolerance,
         machine=_machine(),
-        versions=run.versions,
+        versions=source.versions,
         **_interface(model),
     )
     contents[MANIFEST] = (manifest.model_dump_json(indent=1) + "\n").encode()
     try:
         _place(contents, place)
     except PackageError as error:
-        raise RunError(f"{artifact}: cannot be packaged: {error}") from None
+        raise RunError(f"{source.artifact}: cannot be packaged: {error}") from None
     except OSError as error:
         raise RunError(f"{target}: cannot be written: {error.strerror or error}") from None
     return target
@@ -195,7 +199,7 @@ def _place(contents: Mapping[str, bytes], place: Path) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
+class _Source:
     """What a package needs of the run folder."""
 
     folder: Path
@@ -205,7 +209,7 @@ class _Run:
     versions: dict[str, str]
 
     @classmethod
-    def read(cls, front: Front, member: Member) -> _Run:
+    def read(cls, front: Front, member: Member) -> _Source:
         """Read the artifact, checked against the trial's line, and the records of the run."""
         if front.folder is None:
             raise RunError(f"run {front.run!r}: its folder is not known; use Front.read(folder)")
@@ -286,7 +290,7 @@ def _sample(
             f"{', '.join(session.input_names)}"
         )
     try:
-        outputs = _run(session, inputs)
+        outputs = _outputs(session, inputs)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise RunError(f"{path}: the model cannot run it: {reason}") from None
@@ -337,7 +341,7 @@ def _machine() -> dict[str, str]:
     }
 
 
-def _run(session: OnnxSession, arrays: Mapping[str, Array]) -> dict[str, Array]:
+def _outputs(session: OnnxSession, arrays: Mapping[str, Array]) -> dict[str, Array]:
     """Outputs by name for the inputs among ``arrays``."""
     outputs = session.run([arrays[name] for name in session.input_names])
     return dict(zip(session.output_names, map(np.asarray, outputs), strict=True))
@@ -371,7 +375,7 @@ def _arrays(data: bytes) -> dict[str, Array]:
     return found
 
 
-_RUN = '''\
+_SCRIPT = '''\
 """Run the model on sample.npz, or on the .npz given, and compare with the outputs in it."""
 
 import json
@@ -415,21 +419,22 @@ def _readme(front: Front, member: Member) -> str:
     found: Mapping[str, Any] = member.verified or member.searched.to_dict()
     latency = member.latency_ms
     speed = "" if latency is None else f", {latency:.3f} ms"
-    key, value = next(iter(SESSION_CONFIG.items()))
-    assert len(SESSION_CONFIG) == 1, "README shows one entry"
+    entries = "\n".join(
+        f'options.add_session_config_entry("{key}", "{value}")'
+        for key, value in SESSION_CONFIG.items()
+    )
     return f"""\
 # {front.task}: trial {member.trial} of run {front.run}
 
 {found["metric"]} {found["accuracy"]:.4f} on {found["samples"]:,} {found["split"]} samples \
-({found["drop"]:+.4f} below float){speed}. Needs `onnxruntime` and `numpy`:
+(drop {found["drop"]:+.4f}){speed}. Needs `onnxruntime` and `numpy`:
 
 ```python
 import numpy as np
 import onnxruntime as ort
 
 options = ort.SessionOptions()
-disabled = "{value}"
-options.add_session_config_entry("{key}", disabled)
+{entries}
 session = ort.InferenceSession("model.onnx", options, providers=["CPUExecutionProvider"])
 sample = np.load("sample.npz")
 outputs = session.run(None, {{i.name: sample[i.name] for i in session.get_inputs()}})
@@ -465,9 +470,7 @@ def verify(folder: str | Path, task: Task | None = None) -> dict[str, Any]:
     return {"package": str(folder), "checks": checks, "accuracy": accuracy, "ok": True}
 
 
-def _check(
-    folder: Path, task: Task | None
-) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+def _check(folder: Path, task: Task | None) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     """Every check in order; the first that finds differences raises PackageError with them."""
     checks: list[dict[str, Any]] = []
 
@@ -484,7 +487,7 @@ def _check(
     passed("figures", "accuracies and drops agree with the baseline")
     model = _parsed(contents["model.onnx"])
     session = _opened(contents["model.onnx"])
-    _raise(_interface_problems(model, manifest))
+    _raise(_interface_problems(model, len(contents["model.onnx"]), manifest))
     passed("model", f"{manifest.size_bytes:,} bytes, opset {manifest.opset}, opens in onnxruntime")
     _raise(_layer_problems(model, candidate, manifest))
     passed("bits", f"weights and activations of {len(candidate.layers)} layers, from the model")
@@ -609,6 +612,9 @@ def _figure_problems(manifest: Manifest) -> list[str]:
             continue
         try:
             score = Score.from_dict(figures)
+            if score.split not in ("validation", "test") or not isinstance(score.samples, int):
+                problems.append(f"{MANIFEST}: {part}: split or samples are no such thing")
+                continue
             base = manifest.baseline[_baseline(score.split)]
             if not abs(base - score.value - score.drop) <= 1e-9 * max(1.0, abs(base)):
                 problems.append(
@@ -634,15 +640,16 @@ def _parsed(data: bytes) -> onnx.ModelProto:
         model = onnx.load_model_from_string(data)
     except Exception as error:  # protobuf's own
         raise PackageError(f"model.onnx: not a readable ONNX file: {_one_line(error)}") from None
-    for tensor in _tensors(model.graph):
+    for tensor in (t for part in (model.graph, *model.functions) for t in _tensors(part)):
         if tensor.data_location == TensorProto.EXTERNAL:
             raise PackageError(f"model.onnx: {tensor.name!r} keeps its data in another file")
     return model
 
 
-def _tensors(graph: onnx.GraphProto) -> Iterable[TensorProto]:
-    """All tensors of a graph, of its attributes and subgraphs."""
-    yield from graph.initializer
+def _tensors(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterable[TensorProto]:
+    """All tensors of a graph or function, of its attributes and subgraphs."""
+    if isinstance(graph, onnx.GraphProto):
+        yield from graph.initializer
     for node in graph.node:
         for attribute in node.attribute:
             yield attribute.t
@@ -681,10 +688,10 @@ def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
     return TensorSpec(name=value.name, shape=shape, dtype=dtype)
 
 
-def _interface_problems(model: onnx.ModelProto, manifest: Manifest) -> list[str]:
+def _interface_problems(model: onnx.ModelProto, size: int, manifest: Manifest) -> list[str]:
     """Differences in size, versions, names, shapes and dtypes."""
     problems = []
-    for field, found in _interface(model).items():
+    for field, found in {"size_bytes": size, **_interface(model)}.items():
         stated = getattr(manifest, field)
         if found == stated:
             continue
@@ -698,9 +705,7 @@ def _interface_problems(model: onnx.ModelProto, manifest: Manifest) -> list[str]
     return problems
 
 
-def _layer_problems(
-    model: onnx.ModelProto, candidate: Candidate, manifest: Manifest
-) -> list[str]:
+def _layer_problems(model: onnx.ModelProto, candidate: Candidate, manifest: Manifest) -> list[str]:
     """Differences between layers as the file stores them and as the candidate says."""
     try:
         found = read_bits(model, candidate.layers)
@@ -792,9 +797,7 @@ def _constants(model: onnx.ModelProto, tensors: Sequence[str]) -> dict[str, Arra
         [helper.make_tensor_value_info(t, TensorProto.INT8, None) for t in tensors],
         [i for i in model.graph.initializer if i.name in needed],
     )
-    part = helper.make_model(
-        graph, opset_imports=model.opset_import, ir_version=model.ir_version
-    )
+    part = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
     values = OnnxRuntime().open(part.SerializeToString()).run([])
     return dict(zip(tensors, values, strict=True))
 
@@ -806,8 +809,11 @@ def _exists_only_quantized(model: onnx.ModelProto, tensor: str) -> bool:
     """
     producers = {name: node for node in model.graph.node for name in node.output}
     initializers = {i.name for i in model.graph.initializer}
-    source = producers[producers[tensor].input[0]].input[0]
-    node = producers.get(source)
+    node = producers.get(tensor)
+    for between in ("DequantizeLinear", "QuantizeLinear"):
+        if node is None or node.op_type != between:
+            return False
+        node = producers.get(node.input[0])
     if node is not None and node.op_type in ("Relu", "Clip"):
         node = producers.get(node.input[0])
     if node is None:
@@ -835,10 +841,8 @@ def _compare_outputs(
     _raise([p for spec in specs for p in _misfit(spec, arrays[spec.name])])
     recorded = {spec.name: arrays[spec.name] for spec in manifest.outputs}
     allowed = tolerances(recorded, candidate)
-    if manifest.tolerance != allowed:
-        raise PackageError(f"{MANIFEST}: tolerance is {manifest.tolerance}, it must be {allowed}")
     try:
-        outputs = _run(session, arrays)
+        outputs = _outputs(session, arrays)
     except Exception as error:
         raise PackageError(f"sample.npz: the model cannot run it: {_one_line(error)}") from None
     exact = _machine() == manifest.machine
@@ -852,6 +856,8 @@ def _compare_outputs(
                 f"sample.npz: output {name!r} of model.onnx differs from the recorded one by "
                 f"{difference:.3g}, allowed is {limit:.3g}"
             )
+    if not problems and manifest.tolerance != allowed:
+        problems = [f"{MANIFEST}: tolerance is {manifest.tolerance}, it must be {allowed}"]
     _raise(problems)
     rows = len(arrays[manifest.inputs[0].name]) if manifest.inputs else 0
     if exact:

@@ -112,7 +112,7 @@ class Space(document.Document):
     name: str = ""
     description: str = ""
     calibration: str = "mse"
-    rounding: str = "nearest"
+    rounding: str = "second-order"
     rules: tuple[Rule, ...] = Field(min_length=1)
 
     def choices(self, layers: Iterable[NamedLayer]) -> dict[str, tuple[LayerChoice, ...]]:

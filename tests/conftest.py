@@ -301,6 +301,33 @@ def text() -> Network:
     return network(model, ids, mask)
 
 
+def wide() -> Network:
+    """Layers with so many weights that their storage counts more than what names it."""
+    w = Weights(7)
+    model = build(
+        [
+            node("Conv", ["x", "a.weight", "a.bias"], ["c"], pads=[1, 1, 1, 1]),
+            node("Relu", ["c"], ["r"]),
+            node("Conv", ["r", "b.weight", "b.bias"], ["d"], pads=[1, 1, 1, 1]),
+            node("Add", ["d", "r"], ["s"]),
+            node("GlobalAveragePool", ["s"], ["g"]),
+            node("Flatten", ["g"], ["f"]),
+            node("Gemm", ["f", "fc.weight", "fc.bias"], ["y"], transB=1),
+        ],
+        {
+            "a.weight": w(48, 48, 3, 3),
+            "a.bias": w.bias(48),
+            "b.weight": w(48, 48, 3, 3),
+            "b.bias": w.bias(48),
+            "fc.weight": w(480, 48),
+            "fc.bias": w.bias(480),
+        },
+        {"x": ["N", 48, 2, 2]},
+        ["y"],
+    )
+    return network(model, images(48, 2, 2))
+
+
 NETWORKS: dict[str, Callable[[], Network]] = {
     f.__name__: functools.cache(f)
     for f in (
@@ -319,6 +346,7 @@ NETWORKS: dict[str, Callable[[], Network]] = {
         residual,
         chain,
         text,
+        wide,
     )
 }
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "depthwise", "grouped", "dilated")

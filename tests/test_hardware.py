@@ -48,7 +48,7 @@ def test_a_measured_model_reads_back(tmp_path: Path) -> None:
           batch: 1
           threads: 1
           kernel_ms: {{conv 8/8: 0.5}}
-          coefficients: [1.0, 0.2, 0.3, 0.01]
+          coefficients: {int8: 1.0, to_int8: 0.2, constant: 0.01}
           error: 0.02
           source: autoquant profile
         """,

@@ -314,6 +314,7 @@ class _Writer:
         self.plan = plan(graph, candidate, dialect)
         self.nodes: list[onnx.NodeProto] = []
         self.written: set[str] = set()
+        self.biases: dict[tuple[int, str], str] = {}  # (node, bias) → what it reads instead
         self.initializers: dict[str, TensorProto] = {}
         self.constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         self.grids: dict[tuple[str, int], Grid] = {}
@@ -366,7 +367,7 @@ class _Writer:
     def _source(self, index: int, tensor: str) -> str:
         """What node ``index`` reads for ``tensor``."""
         if tensor in self.graph.initializers or not tensor:
-            return tensor
+            return self.biases.get((index, tensor), tensor)
         layer = self.graph.by_node.get(index)
         if layer is not None and tensor == layer.input:
             choice = self.candidate.choice(layer.name)
@@ -414,13 +415,37 @@ class _Writer:
             found = self._grid(layer.input, choice.activation_bits)
             entry = self._entry(layer, choice, found.scale)
             node.input[1] = self._int8_weight(layer, self._weight(layer, choice, entry), entry)
-            if layer.bias is not None and layer.kind != "MatMul":
-                node.input[2] = self._bias(layer, entry, found.scale)
+            bias = self._shifted_bias(layer, entry)
+            if layer.kind == "MatMul":
+                self._shift_after(layer, entry)
+            elif bias is not None:
+                _set_bias(node, self._bias(layer, bias, entry, found.scale))
             self.nodes.append(node)
         else:
             if choice.weight_bits < 32:
                 node.input[1] = self._float_weight(layer, choice)
+            if choice.weight_bits <= 8:
+                entry = self.bank.get(layer, choice)
+                bias = self._shifted_bias(layer, entry)
+                if layer.kind == "MatMul":
+                    self._shift_after(layer, entry)
+                elif bias is not None and entry.shift is not None:
+                    _set_bias(node, self._named(f"{layer.name}.b", bias))
             self.nodes.append(node)
+
+    def _shifted_bias(self, layer: Layer, entry: QuantizedWeight) -> Array | None:
+        """The layer's bias with the entry's shift; None where there is neither."""
+        bias = None if layer.bias is None else self.graph.array(layer.bias).reshape(-1)
+        if entry.shift is None:
+            return bias
+        return entry.shift if bias is None else (bias + entry.shift).astype(np.float32)
+
+    def _shift_after(self, layer: Layer, entry: QuantizedWeight) -> None:
+        """A MatMul's bias is added by the node behind it: that node reads the shifted one."""
+        bias = self._shifted_bias(layer, entry)
+        if bias is not None and entry.shift is not None and layer.bias is not None:
+            name = self._named(f"{layer.name}.b", bias)
+            self.biases[layer.absorbed[0], layer.bias] = name
 
     def _stem(self, layer: Layer, choice: LayerChoice) -> str:
         """Name of the stored weight, shared by layers that store the same one alike."""
@@ -461,9 +486,10 @@ class _Writer:
         The kernels take the bias to be on the scale input × weight, whatever the file says.
         """
         entry = self.bank.get(layer, choice)
-        if layer.bias is None or layer.kind == "MatMul":
+        bias = self._shifted_bias(layer, entry)
+        if bias is None or layer.kind == "MatMul":
             return entry
-        least = np.abs(self.graph.array(layer.bias).reshape(-1)) / (2.0**30 * input_scale)
+        least = np.abs(bias) / (2.0**30 * input_scale)
         if len(entry.scale) == 1:
             least = least.max(keepdims=True)
         if (entry.scale >= least).all():
@@ -471,15 +497,16 @@ class _Writer:
         scale = np.maximum(entry.scale, least).astype(np.float32)
         shrink = broadcast_scale(entry.scale / scale, entry.axis, entry.values.ndim)
         values = np.round(entry.values * shrink).astype(entry.values.dtype)
-        return QuantizedWeight(values, scale, entry.bits, entry.axis)
+        return QuantizedWeight(values, scale, entry.bits, entry.axis, entry.shift)
 
-    def _bias(self, layer: Layer, entry: QuantizedWeight, input_scale: float) -> str:
+    def _bias(
+        self, layer: Layer, bias: Array, entry: QuantizedWeight, input_scale: float
+    ) -> str:
         """The int32 bias with scale input × weight."""
-        assert layer.bias is not None
         name = f"{layer.name}.b"
         per_channel = len(entry.scale) > 1 or layer.channels == 1
         scale = entry.scale * np.float32(input_scale)
-        values = np.round(self.graph.array(layer.bias).reshape(-1) / scale.astype(np.float64))
+        values = np.round(bias / scale.astype(np.float64))
         quantized = self._named(f"{name}32", values.astype(np.int32))
         scale_name = self._named(f"{name}.s", scale if per_channel else scale[0])
         axis = {"axis": 0} if per_channel else {}
@@ -556,11 +583,13 @@ class _Writer:
         scale = self._named(f"{prefix}.weight_scale", entry.scale)
         self._node("Mul", [f"{quantized}.scale", scale], parts[1])
         self._node("Cast", [parts[0]], parts[2], to=TensorProto.FLOAT)
-        has_bias = layer.kind == "Gemm" and layer.bias is not None
+        bias = self._shifted_bias(layer, entry)
+        has_bias = layer.kind == "Gemm" and bias is not None
+        if layer.kind == "MatMul":
+            self._shift_after(layer, entry)
         self._node("Mul", [parts[2], parts[1]], f"{prefix}.y" if has_bias else output)
         if has_bias:
-            assert layer.bias is not None
-            bias = self.graph.array(layer.bias).reshape(-1)
+            assert bias is not None
             self._node("Add", [f"{prefix}.y", self._named(f"{prefix}.bias", bias)], output)
 
     # the model
@@ -642,6 +671,11 @@ class _Writer:
                 name += "_"
             self.constants[key] = self._named(name, array)
         return self.constants[key]
+
+
+def _set_bias(node: onnx.NodeProto, name: str) -> None:
+    """Give a Conv, ConvTranspose or Gemm this bias."""
+    node.input[:] = [*list(node.input)[:2], name]
 
 
 def _half(array: Array) -> Array:

@@ -8,6 +8,7 @@ candidate is then assembled from the bank in milliseconds.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,13 +32,15 @@ class QuantizedWeight:
     """Integers in the weight's own layout with their scales.
 
     ``values``: int8 (int16 for 16 bits), the shape of the weight. ``scale``: float32, one for
-    each index of ``axis``, or of length 1 for a whole tensor.
+    each index of ``axis``, or of length 1 for a whole tensor. ``shift``: float32 a channel, to
+    be added to the layer's bias; None where there is none.
     """
 
     values: Array
     scale: Array
     bits: int
     axis: int
+    shift: Array | None = None
 
     @cached_property
     def planes(self) -> tuple[Array, ...]:
@@ -119,34 +122,171 @@ class Nearest:
         return values.reshape(weight.shape), scale
 
 
-def least_squares_scale(rows: Array, bits: int) -> Array:
-    """Scale of every row with the least squared rounding error, by search over clip points."""
+def least_squares_scale(rows: Array, bits: int, weights: Array | None = None) -> Array:
+    """Scale of every row with the least (weighted) squared rounding error.
+
+    A search over clip points, each refined to the least-squares scale of its integers.
+    ``weights``: importance of each element, shape of ``rows``.
+    """
     low, high = integer_range(bits)
     peak = np.abs(rows).max(axis=1)
     peak = np.where(peak > 1e-30, peak, 1.0).astype(np.float32)
     if bits >= 8:
         return peak / high
+    target = rows if weights is None else rows * weights
     best = np.ones(len(rows), np.float32)
     least = np.full(len(rows), np.inf)
     for factor in np.linspace(1.0, {2: 0.125, 3: 0.35, 4: 0.5}.get(bits, 0.7), 28):
         scale = np.float32(factor) * peak / np.float32(high)
         code = np.clip(np.round(rows / scale[:, None]), low, high)
-        norm = np.einsum("ij,ij->i", code, code)  # the least-squares scale for these codes
-        fitted = np.einsum("ij,ij->i", code, rows) / np.maximum(norm, 1e-30)
+        heavy = code if weights is None else code * weights
+        norm = np.einsum("ij,ij->i", code, heavy)  # the least-squares scale for these codes
+        fitted = np.einsum("ij,ij->i", code, target) / np.maximum(norm, 1e-30)
         scale = np.where((norm > 0) & (fitted > 0), fitted, scale).astype(np.float32)
         code = np.clip(np.round(rows / scale[:, None]), low, high)
-        error = ((rows - code * scale[:, None]) ** 2).sum(axis=1)
+        gap = (rows - code * scale[:, None]) ** 2
+        error = (gap if weights is None else gap * weights).sum(axis=1)
         better = error < least
         best, least = np.where(better, scale, best), np.where(better, error, least)
     return best.astype(np.float32)
 
 
-ROUNDINGS: dict[str, Rounding] = {"nearest": Nearest()}
+class SecondOrder:
+    """Round so that the layer's *output* changes least: ``tr((W − W_q) H (W − W_q)ᵀ)``.
+
+    H is the (centred) second moment of the layer's inputs. Columns are rounded in the order of
+    their moments, and each error is fed to the columns that follow (GPTQ, Frantar et al. 2022);
+    then sweeps of coordinate descent move each integer to the best one given all others. The
+    scale of a row minimizes its error weighted by the moments' diagonal. Without moments it
+    falls back to `Nearest`. Memory: rows go in blocks of at most ``block_bytes``; for K inputs
+    the rest is a few K×K matrices of float32 (4,096 wide: under 1 GB in all).
+    """
+
+    needs_moments = True
+
+    def __init__(self, damping: float = 0.01, sweeps: int = 3, block_bytes: int = 64 << 20) -> None:
+        self.damping, self.sweeps, self.block_bytes = damping, sweeps, block_bytes
+
+    def __call__(
+        self, weight: Array, bits: int, granularity: str, moments: Moments | None = None
+    ) -> tuple[Array, Array]:
+        """See `Rounding`."""
+        if moments is None or bits > 8:
+            return Nearest()(weight, bits, granularity, moments)
+        groups, inputs = moments.mean.shape
+        second = moments.centred()
+        rows = weight.reshape(groups, -1, inputs)
+        diagonal = np.einsum("gkk->gk", second)
+        floor = 1e-6 * diagonal.max(initial=1e-30) + 1e-30
+        importance = np.maximum(diagonal, floor)[:, None, :]
+        weighted = np.broadcast_to(importance, rows.shape).reshape(weight.shape)
+        if granularity == "channel":
+            scale = least_squares_scale(weight, bits, weighted)
+        else:
+            flat = (weight.reshape(1, -1), bits, weighted.reshape(1, -1))
+            scale = least_squares_scale(*flat)
+        row_scale = np.broadcast_to(scale, len(weight)).reshape(groups, -1)
+        values = np.empty(rows.shape, np.int16)
+        block = max(1, self.block_bytes // (16 * inputs))
+        for group in range(groups) if inputs > 64 else (slice(None),):
+            part = slice(group, group + 1) if isinstance(group, int) else group
+            for start in range(0, rows.shape[1], block):
+                take = slice(start, start + block)
+                values[part, take] = self._round(
+                    rows[part, take], row_scale[part, take], second[part], bits
+                )
+        return values.reshape(weight.shape), scale
+
+    def _round(self, rows: Array, scale: Array, second: Array, bits: int) -> Array:
+        """Integers of (groups, rows, K) weights under (groups, K, K) moments."""
+        import torch
+
+        low, high = integer_range(bits)
+        w = torch.from_numpy(np.array(rows, dtype=np.float32))
+        s = torch.from_numpy(np.array(scale, dtype=np.float32))
+        h = torch.from_numpy(np.array(second))
+        mean = h.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-20)
+        h = h + torch.diag_embed((self.damping * mean)[:, None].expand(-1, h.shape[1]))
+        order = h.diagonal(dim1=1, dim2=2).sum(0).argsort(descending=True)
+        h = h[:, order][:, :, order]
+        w = w[:, :, order]
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+        factor = torch.linalg.cholesky(inverse, upper=True).float()
+        hessian = h.float()
+        left = w.clone()
+        q = torch.empty_like(w)
+        count = w.shape[2]
+        for start in range(0, count, 128):
+            end = min(start + 128, count)
+            errors = torch.empty_like(left[:, :, start:end])
+            for j in range(start, end):
+                column = left[:, :, j]
+                q[:, :, j] = torch.clamp(torch.round(column / s), low, high)
+                error = (column - q[:, :, j] * s) / factor[:, j, j, None]
+                errors[:, :, j - start] = error
+                left[:, :, j:end] -= error[:, :, None] * factor[:, None, j, j:end]
+            left[:, :, end:] -= errors @ factor[:, start:end, end:]
+        residual = w - q * s[:, :, None]
+        slope = residual @ hessian
+        diagonal = hessian.diagonal(dim1=1, dim2=2)
+        for _ in range(self.sweeps):
+            for start in range(0, count, 128):
+                end = min(start + 128, count)
+                moves = torch.zeros_like(q[:, :, start:end])
+                local = slope[:, :, start:end].clone()
+                for j in range(start, end):
+                    step = local[:, :, j - start] / (diagonal[:, j, None] * s)
+                    best = torch.clamp(torch.round(q[:, :, j] + step), low, high)
+                    move = (best - q[:, :, j]) * s
+                    q[:, :, j] = best
+                    moves[:, :, j - start] = move
+                    local -= move[:, :, None] * hessian[:, None, j, start:end]
+                slope -= moves @ hessian[:, start:end]
+        result = torch.empty_like(q)
+        result[:, :, order] = q
+        return result.numpy().astype(np.int16)
+
+
+ROUNDINGS: dict[str, Rounding] = {"nearest": Nearest(), "second-order": SecondOrder()}
 
 
 def _key(layer: Layer, choice: LayerChoice) -> tuple[str, int, int, str]:
     """What an entry depends on; layers may share a weight along different axes."""
     return layer.weight, layer.channel_axis, choice.weight_bits, choice.granularity
+
+
+def takes_bias(layer: Layer) -> bool:
+    """Whether a shift of the layer's output can be stored: it has a bias or may get one."""
+    return layer.kind in ("Conv", "Gemm") or (layer.kind == "MatMul" and layer.bias is not None)
+
+
+def _correct(
+    weight: Array, values: Array, scale: Array, moments: Moments
+) -> tuple[Array, Array]:
+    """Scales with a gain, and the shift of the bias: each output keeps its spread and mean.
+
+    ``gain² = W H Wᵀ / W_q H W_qᵀ`` a channel, within [0.5, 2] (a whole tensor: none);
+    ``shift = (W − W_q)·E[x]`` (Nagel et al. 2019, section 4.2).
+    """
+    groups, inputs = moments.mean.shape
+    second = moments.centred()
+
+    def grouped(matrix: Array) -> Array:
+        return matrix.reshape(groups, -1, inputs)
+
+    def spread(matrix: Array) -> Array:
+        found = grouped(matrix)
+        return np.einsum("grk,grk->gr", found @ second, found).reshape(-1)
+
+    rounded = values * scale.reshape(-1, 1).astype(np.float64)
+    if len(scale) == len(weight):
+        after = spread(rounded)
+        ratio = np.where(after > 1e-30, spread(weight) / np.maximum(after, 1e-30), 1.0)
+        gain = np.clip(np.sqrt(np.maximum(ratio, 0.0)), 0.5, 2.0)
+        scale = (scale * gain).astype(np.float32)
+        rounded = values * scale[:, None].astype(np.float64)
+    shift = np.einsum("grk,gk->gr", grouped(weight - rounded), moments.mean)
+    return scale, shift.reshape(-1).astype(np.float32)
 
 
 class Bank:
@@ -163,6 +303,7 @@ class Bank:
         self.graph = graph
         self.rounding = rounding
         self.calibration = calibration
+        self._shared = Counter(layer.weight for layer in graph.layers)
         self._store: dict[tuple[str, int, int, str], QuantizedWeight] = {}
         self._lock = threading.Lock()
 
@@ -196,13 +337,20 @@ class Bank:
         rows = np.moveaxis(weight, layer.channel_axis, 0)
         matrix = np.ascontiguousarray(rows.reshape(rows.shape[0], -1))
         moments = self.calibration.moments.get(layer.name) if self.calibration else None
-        values, scale = ROUNDINGS[self.rounding](
-            matrix, choice.weight_bits, choice.granularity, moments
-        )
+        if layer.kind == "ConvTranspose" or self._shared[layer.weight] > 1:
+            moments = None  # one weight, several inputs
+        if moments is not None and not takes_bias(layer):
+            moments = Moments(moments.second, np.zeros_like(moments.mean), moments.samples)
+        rounding = ROUNDINGS[self.rounding]
+        values, scale = rounding(matrix, choice.weight_bits, choice.granularity, moments)
+        shift = None
+        if moments is not None and rounding.needs_moments and choice.weight_bits <= 8:
+            scale, shift = _correct(matrix, values, scale, moments)
+            shift = shift if takes_bias(layer) else None
         kind = np.int8 if choice.weight_bits <= 8 else np.int16
         values = np.moveaxis(values.reshape(rows.shape), 0, layer.channel_axis).astype(kind)
         return QuantizedWeight(
-            np.ascontiguousarray(values), scale, choice.weight_bits, layer.channel_axis
+            np.ascontiguousarray(values), scale, choice.weight_bits, layer.channel_axis, shift
         )
 
     def __getstate__(self) -> dict[str, object]:

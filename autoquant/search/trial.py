@@ -16,16 +16,16 @@ from autoquant.candidate import Candidate, LayerChoice
 from autoquant.compress import Artifact, compress
 from autoquant.compress.lower import lower
 from autoquant.compress.qdq import mode, resolve
-from autoquant.compress.rounding import Bank
+from autoquant.compress.rounding import ROUNDINGS, Bank
 from autoquant.cost import CostModel
 from autoquant.cost.table import TableModel, from_profile, measure_device
-from autoquant.errors import AutoquantError, CandidateError
+from autoquant.errors import AutoquantError, CandidateError, SpaceError, nearest
 from autoquant.evaluate import Evaluator
 from autoquant.graph import Graph, Layer
 from autoquant.hardware import Hardware, load_hardware
 from autoquant.result import Cost, Score, TrialResult
 from autoquant.runtime import RUNTIMES, OnnxRuntime
-from autoquant.space import Space, load_space
+from autoquant.space import Rule, Space, load_space
 from autoquant.task import Array, Task, to_numpy
 
 Say = Callable[[str], None]
@@ -112,9 +112,18 @@ def prepare(
     evaluator = evaluator_for(task, graph, "validation", workers=workers, seed=seed)
     evaluator.set_reference(RUNTIMES[device.runtime]().open(float_model(graph)))
     say(f"calibrating on {calibration_split.samples:,} samples")
-    method = found_space.calibration if found_space else "mse"
-    calibration = calibrate(graph, calibration_split, method=method, threads=workers)
-    bank = Bank(graph, found_space.rounding if found_space else "nearest", calibration)
+    settings = found_space or Space(rules=(Rule(),))
+    if settings.rounding not in ROUNDINGS:
+        hint = nearest(settings.rounding, ROUNDINGS)
+        raise SpaceError(f"space {settings.name!r}: rounding {settings.rounding!r}; {hint}")
+    calibration = calibrate(
+        graph,
+        calibration_split,
+        method=settings.calibration,
+        moments=ROUNDINGS[settings.rounding].needs_moments,
+        threads=workers,
+    )
+    bank = Bank(graph, settings.rounding, calibration)
     start = time.perf_counter()
     entries, size = bank.build(
         ((graph.by_name[name], c) for name, found in choices.items() for c in found), workers
@@ -131,7 +140,7 @@ def prepare(
     baseline = cost.predict(resolve(graph, Candidate()))
     return Context(
         graph=graph,
-        calibration=calibration,
+        calibration=calibration.without_moments(),
         bank=bank,
         hardware=device,
         cost=cost,
