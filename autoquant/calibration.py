@@ -22,7 +22,7 @@ from autoquant.task import Array, Split
 METHODS = ("minmax", "percentile", "mse", "entropy")
 BINS = 8192
 _BATCH_BYTES = 256 << 20  # of activations at a time
-_POSITIONS = 1 << 15  # of an input that its second moments see at least, where there are as many
+_POSITIONS = 1 << 13  # of an input that its second moments see at least, where there are as many
 _SAMPLE = 1 << 16  # histogram samples a tensor and batch; minimum and maximum see every element
 
 

@@ -25,8 +25,8 @@ class LatencyModel(document.Document):
 
     ``kernel_ms``: signature of a layer at a precision → isolated kernel time.
     ``coefficients``: of the kernel sum of each precision, of the elements converted to int8 and
-    to float (in millions), and the constant in ms. ``error``: mean absolute relative error on held-out ones
-    of the ``mixes`` that the coefficients were fitted on.
+    to float (in millions), and the constant in ms. ``error``: mean absolute relative error on
+    held-out ones of the ``mixes`` that the coefficients were fitted on.
     """
 
     cpu: str

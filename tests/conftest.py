@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from hypothesis import settings
 from onnx import TensorProto, helper, numpy_helper
 
 from autoquant.calibration import Calibration, calibrate
@@ -21,6 +22,8 @@ from autoquant.runtime import OnnxRuntime
 from autoquant.task import Array, Split
 
 pytest.register_assert_rewrite("contracts")
+settings.register_profile("autoquant", deadline=None, derandomize=True)
+settings.load_profile("autoquant")
 
 node = helper.make_node
 ROWS = 48  # samples of calibration data

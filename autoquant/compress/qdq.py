@@ -499,9 +499,7 @@ class _Writer:
         values = np.round(entry.values * shrink).astype(entry.values.dtype)
         return QuantizedWeight(values, scale, entry.bits, entry.axis, entry.shift)
 
-    def _bias(
-        self, layer: Layer, bias: Array, entry: QuantizedWeight, input_scale: float
-    ) -> str:
+    def _bias(self, layer: Layer, bias: Array, entry: QuantizedWeight, input_scale: float) -> str:
         """The int32 bias with scale input × weight."""
         name = f"{layer.name}.b"
         per_channel = len(entry.scale) > 1 or layer.channels == 1

@@ -33,7 +33,9 @@ class QuantizedWeight:
 
     ``values``: int8 (int16 for 16 bits), the shape of the weight. ``scale``: float32, one for
     each index of ``axis``, or of length 1 for a whole tensor. ``shift``: float32 a channel, to
-    be added to the layer's bias; None where there is none.
+    be added to the layer's bias; None where there is none. ``error``: mean squared error of
+    the weights, each weighted by the second moment of its input where that is known (the
+    moments are scaled to a mean of 1).
     """
 
     values: Array
@@ -41,6 +43,7 @@ class QuantizedWeight:
     bits: int
     axis: int
     shift: Array | None = None
+    error: float = 0.0
 
     @cached_property
     def planes(self) -> tuple[Array, ...]:
@@ -90,7 +93,8 @@ def unpack(planes: Iterable[Array], bits: int, count: int) -> Array:
         fields = ((plane.reshape(-1, 1) >> places) & (2**width - 1)).reshape(-1)
         joined = fields if joined is None else (joined << width) | fields
     assert joined is not None
-    return (joined.astype(np.int16) - 2 ** (bits - 1)).astype(np.int8)[:count]
+    signed: Array = (joined.astype(np.int16) - 2 ** (bits - 1)).astype(np.int8)
+    return signed[:count]
 
 
 class Rounding(Protocol):
@@ -260,9 +264,7 @@ def takes_bias(layer: Layer) -> bool:
     return layer.kind in ("Conv", "Gemm") or (layer.kind == "MatMul" and layer.bias is not None)
 
 
-def _correct(
-    weight: Array, values: Array, scale: Array, moments: Moments
-) -> tuple[Array, Array]:
+def _correct(weight: Array, values: Array, scale: Array, moments: Moments) -> tuple[Array, Array]:
     """Scales with a gain, and the shift of the bias: each output keeps its spread and mean.
 
     ``gain² = W H Wᵀ / W_q H W_qᵀ`` a channel, within [0.5, 2] (a whole tensor: none);
@@ -276,7 +278,8 @@ def _correct(
 
     def spread(matrix: Array) -> Array:
         found = grouped(matrix)
-        return np.einsum("grk,grk->gr", found @ second, found).reshape(-1)
+        total: Array = np.einsum("grk,grk->gr", found @ second, found)
+        return total.reshape(-1)
 
     rounded = values * scale.reshape(-1, 1).astype(np.float64)
     if len(scale) == len(weight):
@@ -287,6 +290,18 @@ def _correct(
         rounded = values * scale[:, None].astype(np.float64)
     shift = np.einsum("grk,gk->gr", grouped(weight - rounded), moments.mean)
     return scale, shift.reshape(-1).astype(np.float32)
+
+
+def _weighted_error(weight: Array, rounded: Array, moments: Moments | None) -> float:
+    """Error of the layer's output for each weight, in units of the mean squared input."""
+    gap = weight - rounded
+    if moments is None:
+        return float((gap**2).mean())
+    groups, inputs = moments.mean.shape
+    second = moments.centred()
+    unit = float(np.einsum("gkk->gk", second).mean()) or 1.0
+    grouped = gap.reshape(groups, -1, inputs)
+    return float(((grouped @ second) * grouped).sum() / unit / gap.size)
 
 
 class Bank:
@@ -347,10 +362,16 @@ class Bank:
         if moments is not None and rounding.needs_moments and choice.weight_bits <= 8:
             scale, shift = _correct(matrix, values, scale, moments)
             shift = shift if takes_bias(layer) else None
+        rounded = values * scale.reshape(-1, 1).astype(np.float64)
         kind = np.int8 if choice.weight_bits <= 8 else np.int16
         values = np.moveaxis(values.reshape(rows.shape), 0, layer.channel_axis).astype(kind)
         return QuantizedWeight(
-            np.ascontiguousarray(values), scale, choice.weight_bits, layer.channel_axis, shift
+            np.ascontiguousarray(values),
+            scale,
+            choice.weight_bits,
+            layer.channel_axis,
+            shift,
+            _weighted_error(matrix, rounded, moments),
         )
 
     def __getstate__(self) -> dict[str, object]:

@@ -56,6 +56,13 @@ class TableModel:
         features = _features(graph, plan, self.kernel_ms)
         return sum(self.coefficients.get(name, 0.0) * value for name, value in features.items())
 
+    def layer_ms(self, graph: Graph, layer: Layer, mode: str) -> float:
+        """What a layer's kernel adds at a mode of `Plan.modes`, boundaries left out."""
+        if layer.kind == "Gather":
+            return 0.0
+        name = precision(mode)
+        return self.coefficients.get(name, 1.0) * self.kernel_ms[signature(graph, layer, name)]
+
 
 def from_profile(model: LatencyModel, batch: int, threads: int) -> TableModel:
     """The model that a profile or a run holds. Raises HardwareError for other settings."""

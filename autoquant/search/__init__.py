@@ -8,7 +8,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ import yaml
 
 from autoquant import document
 from autoquant.calibration import fixed_batch
+from autoquant.candidate import Candidate
 from autoquant.cost.table import to_profile
 from autoquant.errors import NoFeasibleMember, RunError
 from autoquant.evaluate import Evaluator
@@ -33,7 +34,9 @@ from autoquant.hardware import Hardware, LatencyModel, load_hardware
 from autoquant.result import TrialResult
 from autoquant.runtime import RUNTIMES, describe, measure
 from autoquant.search import executor as executors
-from autoquant.search.study import Callback, Study, StudySettings
+from autoquant.search.sensitivity import sensitivity
+from autoquant.search.solver import curve
+from autoquant.search.study import Callback, Study, StudySettings, uniform_candidates
 from autoquant.search.trial import (
     Context,
     Limits,
@@ -166,6 +169,7 @@ def search(
                 storage=settings.storage,
             ),
             settings.resume,
+            first=lambda: _first(context, objectives, run.folder, say),
         )
     except BaseException:
         run.discard()
@@ -186,6 +190,27 @@ def search(
     if not front.members:
         raise NoFeasibleMember(_why_none(run.name, study.results))
     return front
+
+
+def _first(
+    context: Context, objectives: Sequence[str], folder: Path, say: Callable[[str], None]
+) -> list[Candidate]:
+    """Uniform candidates, then the best under the additive prior at a spread of budgets."""
+    start = time.perf_counter()
+    say("measuring the sensitivity of every layer")
+    prior = sensitivity(context, os.cpu_count() or 1)
+    took = time.perf_counter() - start
+    say(f"sensitivity of {len(prior)} layers: one measurement a layer, {took:.1f} s")
+    named = {
+        n: {str(c): v for c, v in zip(f, prior[n], strict=True)} for n, f in context.choices.items()
+    }
+    write_json(folder / "sensitivity.json", named)
+    found = uniform_candidates(context.choices)
+    for name, points in (("size_bytes", 14), ("latency_ms", 8)):
+        if name in objectives or (name == "size_bytes" and len(objectives) == 2):
+            costs = context.additive_cost(name)
+            found += curve(context.choices, prior, costs, points)
+    return list(dict.fromkeys(found))
 
 
 def _run(

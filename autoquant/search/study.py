@@ -7,7 +7,7 @@ import os
 import random
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,7 +63,7 @@ class StudySettings:
     storage: str | None
 
 
-def first_candidates(choices: Mapping[str, Sequence[LayerChoice]]) -> list[Candidate]:
+def uniform_candidates(choices: Mapping[str, Sequence[LayerChoice]]) -> list[Candidate]:
     """Uniform candidates: float where the space has it, then every choice for all layers.
 
     A layer without that choice takes its nearest one (by bits).
@@ -95,10 +95,17 @@ class Study:
     """One Optuna study and its trials.jsonl.
 
     A finished trial is a line of trials.jsonl, synced to disk before Optuna hears of it; the
-    file is the record, the storage the sampler's memory.
+    file is the record, the storage the sampler's memory. ``first``: candidates that a new
+    study runs before its sampler proposes any.
     """
 
-    def __init__(self, context: Context, settings: StudySettings, resume: bool) -> None:
+    def __init__(
+        self,
+        context: Context,
+        settings: StudySettings,
+        resume: bool,
+        first: Callable[[], Sequence[Candidate]] | None = None,
+    ) -> None:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -120,6 +127,9 @@ class Study:
                 load_if_exists=resume,
             )
         self._recover()
+        if first is not None and not self.study.get_trials(deepcopy=False):
+            for candidate in first():
+                self.study.enqueue_trial(self._params(candidate))
 
     def _recover(self) -> None:
         """After a crash: fail what is still running, repeat it, tell what was not told."""
@@ -134,9 +144,6 @@ class Study:
             self.study.tell(trial.number, state=TrialState.FAIL)
             if result is None and set(trial.params) == set(self.free):
                 self.study.enqueue_trial(dict(trial.params))
-        if not self.study.get_trials(deepcopy=False):
-            for candidate in first_candidates(self.context.choices):
-                self.study.enqueue_trial(self._params(candidate))
 
     def run(self, executor: Executor, callbacks: Sequence[Callback]) -> str:
         """Ask, run and tell until trials, time or candidates are used up, or Ctrl-C.

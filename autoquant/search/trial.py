@@ -26,7 +26,7 @@ from autoquant.hardware import Hardware, load_hardware
 from autoquant.result import Cost, Score, TrialResult
 from autoquant.runtime import RUNTIMES, OnnxRuntime
 from autoquant.space import Rule, Space, load_space
-from autoquant.task import Array, Task, to_numpy
+from autoquant.task import Array, Split, Task, to_numpy
 
 Say = Callable[[str], None]
 
@@ -57,7 +57,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class Context:
-    """All that a trial needs, made once by `prepare`; pickles for workers."""
+    """All that a trial needs, made once by `prepare`; pickles for workers.
+
+    ``sample``: up to eight calibration inputs. ``probe``: calibration inputs to compare
+    outputs on; images are mixed in pairs, since networks know their training images.
+    """
 
     graph: Graph
     calibration: Calibration
@@ -69,10 +73,26 @@ class Context:
     limits: Limits
     baseline: Cost
     sample: tuple[Array, ...]
+    probe: tuple[Array, ...]
 
     def compress(self, candidate: Candidate) -> Artifact:
         """The candidate's artifact, in this context's dialect."""
         return compress(self.graph, candidate, self.calibration, self.bank, self.hardware.dialect)
+
+    def additive_cost(self, name: str) -> dict[str, tuple[float, ...]]:
+        """What each choice of each layer adds to a cost, taken alone: its weights' bytes, or
+        for ``latency_ms`` its kernel's time (0 where there is no latency model)."""
+        found = {}
+        for layer, choices in self.choices.items():
+            node = self.graph.by_name[layer]
+            if name != "latency_ms":
+                found[layer] = tuple(c.weight_bits * node.parameters / 8 for c in choices)
+            elif self.cost.latency is None:
+                found[layer] = tuple(0.0 for _ in choices)
+            else:
+                kernel = self.cost.latency.layer_ms
+                found[layer] = tuple(kernel(self.graph, node, mode(node, c)) for c in choices)
+        return found
 
 
 def prepare(
@@ -149,7 +169,21 @@ def prepare(
         limits=limits or Limits(),
         baseline=baseline,
         sample=tuple(array[:8] for array in calibration_split.batches[0]),
+        probe=_probe(calibration_split, graph),
     )
+
+
+def _probe(split: Split, graph: Graph) -> tuple[Array, ...]:
+    """Inputs for divergences, from the first calibration batches of one shape."""
+    first = split.batches[0]
+    alike = [b for b in split.batches if [a.shape[1:] for a in b] == [a.shape[1:] for a in first]]
+    largest = max((t.elements for t in graph.tensors.values()), default=1)
+    rows = int(np.clip((32 << 20) // max(1, largest), 32, 512))
+    joined = tuple(np.concatenate(parts)[:rows] for parts in zip(*alike, strict=True))
+    if len(joined) == 1 and joined[0].ndim == 4 and joined[0].dtype == np.float32:
+        mixed = 0.6 * joined[0] + 0.4 * joined[0][::-1, :, :, ::-1]
+        return (mixed.astype(np.float32),)
+    return joined
 
 
 def evaluator_for(
