@@ -81,6 +81,10 @@ def search(
     workers: Annotated[
         int | None, typer.Option(metavar="N", help="trials at a time, as Ray tasks; default 1")
     ] = None,
+    evaluation_threads: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="batches a trial evaluates at once; default all cores"),
+    ] = None,
     ray_address: Annotated[str | None, typer.Option(metavar="ADDR", help="Ray cluster")] = None,
     storage: Annotated[
         str | None, typer.Option(metavar="URL", help="Optuna storage; default a journal file")
@@ -115,6 +119,7 @@ def search(
         "batch": batch,
         "threads": threads,
         "workers": workers,
+        "evaluation_threads": evaluation_threads,
         "ray_address": ray_address,
         "storage": storage,
         "sampler": sampler,

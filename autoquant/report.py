@@ -35,6 +35,7 @@ _MINUS = "\N{MINUS SIGN}"
 _MISSING = "–"
 # Okabe and Ito's vermillion and a mid blue: apart for every colour vision, on white and on black.
 _FRONT, _BASELINE, _TRIAL = "#d55e00", "#3b8fd1", "#8a8f98"
+_TABLE_WIDTH = 100  # columns of a terminal that the front must fit
 _NAMED_LAYERS = 200  # above it, the plot of bits has neither names nor figures
 # Viridis for integers, greys for float.
 _BIT_COLOURS = dict(
@@ -65,17 +66,8 @@ def front_table(front: Record) -> Table:
     name, percent = _metric(front)
     unit, points = ("(%)", "(points)") if percent else ("", "")
     heading = f"{front['run']} · {front['task']} · {front['hardware']} · {name}"
-    table = Table(
-        title=Text(heading, style="bold"),
-        title_justify="left",
-        caption=Text(_summary(front)),
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-    )
-    table.add_column("trial", justify="right")
-    for heading in (
+    headings = [
+        "trial\n",
         f"{_split(front)}\n{unit}",
         f"drop\n{points}",
         f"test\n{unit}",
@@ -84,11 +76,28 @@ def front_table(front: Record) -> Table:
         "measured\n(ms)",
         "size\n",
         "weight\nbits",
-    ):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in _rows(front):
-        cells = [_plain(row[column]) for column in _COLUMNS]
-        table.add_row(*(Text(cell) for cell in cells), style="bold" if row["float"] else "")
+    ]
+    rows = [[_plain(row[column]) for column in _COLUMNS] for row in _rows(front)]
+    widths = [
+        max(len(part) for cell in (title, *cells) for part in cell.split("\n"))
+        for title, *cells in zip(headings, *rows, strict=True)
+    ]
+    narrow = sum(widths) + 2 * (len(widths) - 1) > _TABLE_WIDTH
+    table = Table(
+        title=Text(heading, style="bold"),
+        title_justify="left",
+        caption=Text(_summary(front)),
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 0 if narrow else 1, 0, 0),  # and the box puts one between columns
+    )
+    for title, width in zip(headings, widths, strict=True):
+        trial = title == headings[0]
+        table.add_column(title, justify="right", no_wrap=True, min_width=width if trial else None)
+    for index, cells in enumerate(rows):
+        table.add_row(*map(Text, cells), style="" if index else "bold")
     return table
 
 
@@ -587,12 +596,11 @@ _COLUMNS = (
 
 
 def _rows(front: Record) -> list[dict[str, str]]:
-    """The float network and the members as formatted cells; ``float`` is set in the first."""
+    """The float network and then the members, as formatted cells."""
     _, percent = _metric(front)
     baseline = front["baseline"]
     rows = [
         {
-            "float": "yes",
             "trial": "float",
             "accuracy": _figure(baseline.get("accuracy"), percent),
             "drop": "",
@@ -610,7 +618,6 @@ def _rows(front: Record) -> list[dict[str, str]]:
         bits = predicted.get("average_weight_bits")
         rows.append(
             {
-                "float": "",
                 "trial": str(member["trial"]),
                 "accuracy": _with_error(member["searched"], "accuracy", percent),
                 "drop": _with_error(member["searched"], "drop", percent),
@@ -652,15 +659,13 @@ def _headline(front: Record) -> str:
         return "No trial met the limits: the front is empty."
     _, percent = _metric(front)
     unit = " points" if percent else ""
-    lossless = [
-        m for m in members if m["searched"]["drop"] <= 2 * m["searched"]["drop_standard_error"]
-    ]
+    lossless = [m for m in members if m["searched"]["drop"] <= m["searched"]["drop_standard_error"]]
     if lossless:
         member = min(lossless, key=lambda m: m["predicted"]["size_bytes"])
         drop = _with_error(member["searched"], "drop", percent)
         text = (
             f"Trial {member['trial']} is the smallest member without a measurable loss on "
-            f"{_split(front)} (drop {drop}{unit}, within two standard errors of none)"
+            f"{_split(front)} (drop {drop}{unit}, within one standard error of none)"
         )
     else:
         member = members[0]

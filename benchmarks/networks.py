@@ -126,7 +126,9 @@ def main() -> None:
             for label in ("uniform", "every_second"):
                 for said, ran in found[f"kernels_{label}"].values():
                     if said != ran:
-                        missed.append(f"{name}: {said} layers are int8, {ran} kernels are ({label})")
+                        missed.append(
+                            f"{name}: {said} layers are int8, {ran} kernels are ({label})"
+                        )
             print(json.dumps({name: found}), flush=True)
     record("networks", {"networks": results, "missed": missed}, write=names == list(NETWORKS))
     print("missed:", missed or "nothing")

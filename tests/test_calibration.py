@@ -5,7 +5,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import CONVOLUTIONS, NETWORKS, PRODUCTS, TRANSPOSED, Network, build, network, node, run
+from conftest import (
+    CONVOLUTIONS,
+    NETWORKS,
+    PRODUCTS,
+    TRANSPOSED,
+    Network,
+    build,
+    network,
+    node,
+    run,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -259,7 +269,11 @@ def test_data_that_does_not_fit_is_a_task_error() -> None:
 
 def test_an_activation_that_overflows_is_named() -> None:
     model = build(
-        [node("Gemm", ["x", "w"], ["h"]), node("Exp", ["h"], ["e"]), node("Gemm", ["e", "v"], ["y"])],
+        [
+            node("Gemm", ["x", "w"], ["h"]),
+            node("Exp", ["h"], ["e"]),
+            node("Gemm", ["e", "v"], ["y"]),
+        ],
         {"w": np.eye(3, dtype=np.float32), "v": np.eye(3, dtype=np.float32)},
         {"x": ["N", 3]},
         ["y"],

@@ -73,7 +73,8 @@ def test_one_mistake_counts_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "3", "- 1", "parts: [", "\x00", "? [1]\n: 2", "name: 2020-13-45", "name: !!python/x 1"]
+    "text",
+    ["", "3", "- 1", "parts: [", "\x00", "? [1]\n: 2", "name: 2020-13-45", "name: !!python/x 1"],
 )
 def test_what_is_no_document_is_one_line(tmp_path: Path, text: str) -> None:
     with pytest.raises(SpaceError, match=r"whole\.yaml") as caught:

@@ -48,7 +48,7 @@ def test_a_measured_model_reads_back(tmp_path: Path) -> None:
           batch: 1
           threads: 1
           kernel_ms: {{conv 8/8: 0.5}}
-          coefficients: {int8: 1.0, to_int8: 0.2, constant: 0.01}
+          coefficients: {{int8: 1.0, to_int8: 0.2, constant: 0.01}}
           error: 0.02
           source: autoquant profile
         """,
@@ -67,9 +67,7 @@ def test_a_measured_model_reads_back(tmp_path: Path) -> None:
         (f"kernels: [{KERNEL}]\nmodel: {{cpu: x}}", "model.runtime: Field required"),
     ],
 )
-def test_a_profile_that_does_not_parse_says_where(
-    tmp_path: Path, text: str, message: str
-) -> None:
+def test_a_profile_that_does_not_parse_says_where(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(HardwareError, match=message) as caught:
         _profile(tmp_path, text)
     assert "own.yaml:" in str(caught.value) and "\n" not in str(caught.value)

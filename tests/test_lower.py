@@ -130,9 +130,7 @@ def test_a_module_is_left_in_the_mode_it_was_in() -> None:
 
 
 def test_an_onnx_file_is_read(tmp_path: Path) -> None:
-    model = build(
-        [node("Gemm", ["x", "w"], ["y"])], {"w": Weights()(5, 3)}, {"x": ["N", 5]}, ["y"]
-    )
+    model = build([node("Gemm", ["x", "w"], ["y"])], {"w": Weights()(5, 3)}, {"x": ["N", 5]}, ["y"])
     path = tmp_path / "net.onnx"
     onnx.save(model, path)
     for source in (path, str(path)):

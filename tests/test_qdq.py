@@ -359,7 +359,9 @@ def test_matmuls_between_quantized_tensors_run_in_int8() -> None:
         node("MatMul", ["x", "a"], ["h"], name="a"),
         node("MatMul", ["h", "b"], ["y"], name="b"),
     ]
-    net = network(build(nodes, {"a": w(9, 6), "b": w(6, 4)}, {"x": ["N", 3, 9]}, ["y"]), images(3, 9))
+    net = network(
+        build(nodes, {"a": w(9, 6), "b": w(6, 4)}, {"x": ["N", 3, 9]}, ["y"]), images(3, 9)
+    )
     found = _kernels(net.assemble(net.uniform(8, 8)))
     assert (found["QLinearMatMul"], found["MatMulIntegerToFloat"], found["MatMul"]) == (1, 1, 0)
 
@@ -392,6 +394,10 @@ def test_a_convolution_with_a_clip_is_one_kernel(bounds: tuple[float, float]) ->
     found = _kernels(model)
     assert found["QLinearConv"] == 2 and not found["Clip"]
     assert _relative_error(net, model) < 0.05
+    # onnxruntime 1.31 lets the grid exceed the bounds by half a step; do not lean on that
+    (pair,) = (n for n in model.graph.node if n.op_type == "QuantizeLinear" and n.input[0] == "r")
+    scale, zero = (_initializer(model, n).item() for n in pair.input[1:3])
+    assert bounds[0] - 1e-6 <= -zero * scale and (255 - zero) * scale <= bounds[1] + 1e-6
 
 
 def test_a_clip_at_any_bound_fuses() -> None:
@@ -760,7 +766,7 @@ some_choices = st.builds(
 
 def _candidates(name: str) -> st.SearchStrategy[dict[str, LayerChoice]]:
     names = [layer.name for layer in NETWORKS[name]().graph.layers]
-    return st.fixed_dictionaries({layer: some_choices for layer in names})
+    return st.fixed_dictionaries(dict.fromkeys(names, some_choices))
 
 
 @settings(max_examples=40)

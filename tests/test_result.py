@@ -41,7 +41,16 @@ def test_a_latency_names_the_settings_it_belongs_to() -> None:
     "result",
     [
         TrialResult(
-            3, CANDIDATE, "complete", SCORE, COST, {"latency_ms": 1.0}, {"build": 0.5}, 7, None, "ab"
+            3,
+            CANDIDATE,
+            "complete",
+            SCORE,
+            COST,
+            {"latency_ms": 1.0},
+            {"build": 0.5},
+            7,
+            None,
+            "ab",
         ),
         TrialResult(4, CANDIDATE, "failed", error="ModelError: broken"),
         TrialResult(5, Candidate(), "infeasible", predicted=COST),
@@ -58,7 +67,9 @@ def test_a_trial_is_a_line_of_json_that_reads_back(result: TrialResult) -> None:
 
 
 def test_a_line_has_the_fields_of_the_contract() -> None:
-    result = TrialResult(1, CANDIDATE, "complete", SCORE, COST, seconds={"build": 0.5, "score": 2.0})
+    result = TrialResult(
+        1, CANDIDATE, "complete", SCORE, COST, seconds={"build": 0.5, "score": 2.0}
+    )
     line = result.to_dict()
     assert set(line) >= {
         "trial", "key", "status", "candidate", "score", "predicted", "measured", "seconds", "seed",

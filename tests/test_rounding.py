@@ -119,7 +119,7 @@ def test_the_scale_is_close_to_the_best_of_a_fine_search(bits: int) -> None:
 
 def test_weights_on_a_grid_are_exact() -> None:
     for bits in (2, 3, 4, 8):
-        low, high = integer_range(bits)
+        _, high = integer_range(bits)
         codes = np.arange(-high, high + 1)[None]
         values, scale = Nearest()((codes * 0.25).astype(np.float32), bits, "channel")
         np.testing.assert_allclose(values * scale[:, None], codes * 0.25, atol=1e-6)

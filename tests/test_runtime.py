@@ -75,9 +75,7 @@ def test_rounds_are_interleaved() -> None:
 
 
 def test_time_is_spent_within_the_bounds_on_rounds() -> None:
-    found = measure(
-        {"a": Recorder("a", [])}, [np.zeros(1)], threads=1, seconds=10.0, max_rounds=30
-    )
+    found = measure({"a": Recorder("a", [])}, [np.zeros(1)], threads=1, seconds=10.0, max_rounds=30)
     assert found["a"].rounds == 30
 
 

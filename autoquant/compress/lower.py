@@ -62,7 +62,9 @@ def export(task: Task) -> onnx.ModelProto:
                 verbose=False,
             )
         assert program is not None
-        return program.model_proto
+        model: onnx.ModelProto = program.model_proto
+        _name_axes(model, task, names)
+        return model
     except Exception as error:
         cause: BaseException = error
         while cause.__cause__ is not None:  # the exporter's own message is advice
@@ -72,6 +74,23 @@ def export(task: Task) -> onnx.ModelProto:
     finally:
         for module, was_training in training.items():
             module.training = was_training
+
+
+def _name_axes(model: onnx.ModelProto, task: Task, names: list[str]) -> None:
+    """Call the dynamic axes ``batch`` and what the task calls them, not ``s77``."""
+    axes = [{0: "batch"} for _ in names]
+    for key, found in (task.dynamic_axes or {}).items():
+        axes[key if isinstance(key, int) else names.index(key)].update(found)
+    rename: dict[str, str] = {}
+    for value, wanted in zip(model.graph.input, axes, strict=True):
+        for axis, name in wanted.items():
+            dim = value.type.tensor_type.shape.dim[axis]
+            if dim.dim_param:
+                rename.setdefault(dim.dim_param, name)
+    for value in (*model.graph.input, *model.graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param in rename:
+                dim.dim_param = rename[dim.dim_param]
 
 
 def _two_rows(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from autoquant.candidate import Candidate
 from autoquant.compress.qdq import plan
+from autoquant.compress.rounding import Bank
 from autoquant.cost import static
 from autoquant.cost.table import TableModel
 from autoquant.graph import Graph
@@ -15,12 +16,19 @@ __all__ = ["CostModel"]
 class CostModel:
     """Predicts every figure of `Cost` for resolved candidates of one graph.
 
-    ``latency`` None leaves ``latency_ms`` None. Under a millisecond for 100 layers.
+    ``latency`` None leaves ``latency_ms`` None. ``bank``: the weights that `compress` will
+    store, since some come with a bias. About a millisecond for 100 layers.
     """
 
-    def __init__(self, graph: Graph, dialect: str, latency: TableModel | None = None) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        dialect: str,
+        latency: TableModel | None = None,
+        bank: Bank | None = None,
+    ) -> None:
         self.graph, self.dialect, self.latency = graph, dialect, latency
-        self.base_bytes = static.base_bytes(graph)
+        self.file_size = static.FileSize(graph, bank)
 
     def predict(self, candidate: Candidate) -> Cost:
         """The cost of a resolved candidate, for one sample (latency: one batch)."""
@@ -30,7 +38,7 @@ class CostModel:
             latency_ms=None
             if self.latency is None
             else self.latency.latency_ms(self.graph, candidate, where),
-            size_bytes=self.base_bytes + static.added_bytes(self.graph, candidate, where),
+            size_bytes=self.file_size.predict(candidate, where),
             weight_bytes=stored,
             average_weight_bits=8 * stored / max(1, weights),
             macs=self.graph.macs,

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from onnx import helper
 
 from autoquant.candidate import Candidate, LayerChoice
 from autoquant.compress.qdq import Plan
-from autoquant.compress.rounding import PLANES
-from autoquant.graph import Graph, Layer
+from autoquant.compress.rounding import PLANES, Bank
+from autoquant.graph import Graph, Layer, clamp_bounds
 
+_KEEP_SIGN = ("GlobalAveragePool", "AveragePool", "MaxPool", "Flatten", "Reshape", "Transpose")
 _BYTES = {"float32": 4, "int64": 8, "int32": 4, "float16": 2, "bool": 1, "uint8": 1, "int8": 1}
 
 
@@ -81,94 +86,343 @@ def _held(graph: Graph, plan: Plan, name: str) -> int:
     return 1 + narrow + (size if float_reader or not at_source else 0)
 
 
-# --- file size: protobuf arithmetic over what the rewrite adds -------------------------------
+# --- file size: protobuf arithmetic over what the rewrite writes -----------------------------
 
 
-def base_bytes(graph: Graph) -> int:
-    """The float file without the weights of its layers."""
-    weights = {layer.weight for layer in graph.layers}
-    return int(graph.model.ByteSize()) - sum(
-        _framed(graph.initializers[name].ByteSize()) for name in weights
-    )
+class FileSize:
+    """Sizes of the files that `compress` writes for candidates of one graph, without writing.
+
+    ``bank``: where a layer's bias shift comes from; None for none. Exact but for constants of
+    equal value, of which the file holds one.
+    """
+
+    def __init__(self, graph: Graph, bank: Bank | None = None) -> None:
+        self.graph, self.bank = graph, bank
+        body = graph.model.graph
+        self.nodes = [
+            (node.ByteSize(), tuple(node.input), tuple(node.output)) for node in graph.nodes
+        ]
+        self.uses = Counter(name for _, inputs, _ in self.nodes for name in inputs)
+        self.uses.update(graph.outputs)
+        self.initializers = {
+            n: _framed(i.ByteSize()) for n, i in graph.initializers.items() if self.uses[n]
+        }
+        self.from_zero: set[str] = set()  # what comes out of a Relu, or pools or moves that
+        for node in graph.nodes:
+            bounds = clamp_bounds(node, graph.initializers)
+            keeps = node.op_type in _KEEP_SIGN and node.input[0] in self.from_zero
+            if keeps or (bounds is not None and bounds[0] == 0):
+                self.from_zero.update(node.output)
+        self.ends = sum(_framed(v.ByteSize()) for v in (*body.input, *body.output))
+        self.ends += _framed(len("autoquant"))
+        imports = graph.model.opset_import
+        self.outside = sum(_framed(o.ByteSize()) for o in (*imports, *graph.model.functions))
+        metadata = _string(len("autoquant.candidate")) + _string(16)
+        self.outside += 2 + _string(len("autoquant")) + _framed(metadata)
+
+    def predict(self, candidate: Candidate, plan: Plan) -> int:
+        """Bytes of the file of a resolved candidate with its plan."""
+        return _File(self, candidate, plan).size()
 
 
-def added_bytes(graph: Graph, candidate: Candidate, plan: Plan) -> int:
-    """What a candidate adds to `base_bytes`: weights, scales, biases, Q/DQ pairs, unpacking."""
-    total = 40  # metadata
-    stored: set[str] = set()
-    widths: dict[int, int] = {}
-    for layer in graph.layers:
-        choice = candidate.choice(layer.name)
-        how = plan.modes[layer.name]
-        total += _layer_bytes(graph, layer, choice, how, stored, widths)
-    for bits, count in widths.items():
-        planes = PLANES[bits]
-        total += sum(_tensor(9, math.ceil(count / 8) * width, 2) for width in planes)
-        total += 180 + 185 * len(planes) + 60 * (len(planes) - 1)
-    for tensor in plan.roots:
-        total += 2 * len(tensor) + _pair(len(tensor))
-    for tensor, narrow in plan.narrow.items():
-        for bits in narrow:
-            total += _pair(len(tensor)) + 2 * len(tensor) + 6
-            total += len(tensor) * 2 + 60 if bits < 8 else 0
-    return total
+class _File:
+    """One file: adds up nodes and initializers by the lengths of their names and contents."""
+
+    def __init__(self, sizes: FileSize, candidate: Candidate, plan: Plan) -> None:
+        self.sizes, self.graph = sizes, sizes.graph
+        self.candidate, self.plan = candidate, plan
+        self.total = 0
+        self.known: set[Any] = set()  # constants, weights and their views that are written
+        self.packed: dict[int, list[int]] = defaultdict(list)  # width → weights an entry
+        self.packed_names: dict[int, int] = defaultdict(int)
+        self.constants = 0
+        self.shift: dict[int, int] = defaultdict(int)  # node → bytes that its copy differs by
+        self.left: Counter[str] = Counter()  # initializer → uses that are gone
+        self.gone: set[int] = set()  # nodes that are replaced
+
+    def size(self) -> int:
+        graph, plan = self.graph, self.plan
+        for layer in graph.layers:
+            if plan.modes[layer.name] != "float":
+                self._layer(layer, self.candidate.choice(layer.name))
+        for tensor in plan.roots:
+            name = len(tensor)
+            self._pair(name, name + 2, name + 3 if self._renamed(tensor) else name, tensor, 8)
+        for tensor, widths in plan.narrow.items():
+            name = len(tensor)
+            view = name + 3 if plan.quantized_at_source(graph, tensor) else name
+            for bits in widths:
+                digits, source = len(str(bits)), view
+                if bits < 8:
+                    source = name + 5 + digits
+                    low: Any = () if tensor in self.sizes.from_zero else (tensor, bits)
+                    bounds = [self._constant(("low", low), (), 4)]
+                    bounds.append(self._constant(("high", tensor, bits), (), 4))
+                    self._node("Clip", [view, *bounds], [source])
+                self._pair(source, name + 2 + digits, name + 3 + digits, tensor, bits)
+        for bits in self.packed:
+            self._unpack(bits)
+        for index, (size, inputs, outputs) in enumerate(self.sizes.nodes):
+            if index not in self.gone:
+                size += self.shift[index] + sum(self._read(index, name) for name in inputs)
+                if index in plan.int8_nodes:
+                    size += sum(4 for n in outputs if n in plan.roots and n in graph.outputs)
+                self.total += _framed(size)
+        for name, size in self.sizes.initializers.items():
+            if not self.left[name] or self.left[name] < self.sizes.uses[name]:
+                self.total += size
+        return _framed(self.total + self.sizes.ends) + self.sizes.outside
+
+    def _renamed(self, tensor: str) -> bool:
+        """Whether the float view of a tensor has another name than the tensor."""
+        at_source = self.plan.quantized_at_source(self.graph, tensor)
+        return not (at_source and tensor in self.graph.outputs)
+
+    def _read(self, index: int, tensor: str) -> int:
+        """How much longer the name is that a node reads for a tensor."""
+        layer = self.graph.by_node.get(index)
+        if layer is not None and tensor == layer.input:
+            choice = self.candidate.choice(layer.name)
+            if choice.activation_bits not in (8, 32):
+                return 3 + len(str(choice.activation_bits))
+        elif tensor not in self.plan.roots:
+            return 0
+        reads = index in self.plan.int8_nodes or self.plan.quantized_at_source(self.graph, tensor)
+        if layer is not None and tensor == layer.input:
+            reads |= choice.activation_bits == 8 and not choice.dynamic
+        return 3 if reads and tensor in self.plan.roots and self._renamed(tensor) else 0
+
+    # layers
+
+    def _layer(self, layer: Layer, choice: LayerChoice) -> None:
+        how, bits, index = self.plan.modes[layer.name], choice.weight_bits, layer.node
+        stem = len(layer.weight.removesuffix(".weight")) + 2 + len(str(bits))
+        stem += choice.granularity == "tensor"
+        stem += 1 + len(str(layer.channel_axis)) if layer.channel_axis else 0
+        key = (layer.weight, layer.channel_axis, bits, choice.granularity)
+        if bits == 32:
+            return
+        self.left[layer.weight] += 1
+        if layer.kind == "Gather":
+            self._embedding(layer, choice, stem, key)
+        elif bits == 16 and not choice.int16:
+            self.shift[index] += stem + 2 - len(layer.weight)
+            if self._first(key, "float"):
+                self._tensor(stem, layer.weight_shape, 2)
+                self._node("Cast", [stem], [stem + 2], attributes=_CAST)
+        else:
+            self._weight(layer, bits, stem, key)
+            shifted = self._shifted(layer, choice)
+            if how == "dynamic":
+                self._dynamic(layer, stem, key, shifted)
+            elif how == "int8":
+                self._int8(layer, stem, key, shifted)
+            else:
+                self._unfolded(layer, stem, key, shifted)
+
+    def _int8(self, layer: Layer, stem: int, key: Any, shifted: bool) -> None:
+        """Weight and bias behind a DequantizeLinear each."""
+        name, channels = len(layer.name) + 2, layer.channels
+        scales = (channels,) if key[3] == "channel" or channels == 1 else ()
+        axis = _AXIS if scales else 0
+        self.shift[layer.node] += stem + 3 - len(layer.weight)
+        if self._first(key, "int8"):
+            self._tensor(stem + 2, scales, 4)
+            inputs = [stem, stem + 2]
+            if layer.kind != "Conv":
+                inputs.append(self._constant(("zeros", scales), scales, 1))
+            self._node("DequantizeLinear", inputs, [stem + 3], attributes=axis)
+        if layer.kind == "MatMul":
+            self._added_bias(layer, shifted)
+        elif layer.bias is not None or shifted:
+            self._node_bias(layer)
+            self._tensor(name + 2, (channels,), 4)
+            self._tensor(name + 2, scales, 4)
+            self._node("DequantizeLinear", [name + 2, name + 2], [name], attributes=axis)
+
+    def _unfolded(self, layer: Layer, stem: int, key: Any, shifted: bool) -> None:
+        """A weight-only layer: Cast and Mul make the weight float."""
+        channels, rank = layer.channels, len(layer.weight_shape)
+        self.shift[layer.node] += stem + 2 - len(layer.weight)
+        if self._first(key, "float"):
+            ones = (1,) * (rank - 1)  # the order of dimensions changes no size
+            self._tensor(stem + 3, (*ones, channels) if key[3] == "channel" else (1,), 4)
+            self._node("Cast", [stem], [stem + 2], attributes=_CAST)
+            self._node("Mul", [stem + 2, stem + 3], [stem + 2])
+        if layer.kind == "MatMul":
+            self._added_bias(layer, shifted)
+        elif shifted:
+            self._node_bias(layer)
+            self._tensor(len(layer.name) + 2, (channels,), 4)
+
+    def _shifted(self, layer: Layer, choice: LayerChoice) -> bool:
+        """Whether the stored weight comes with a shift of the bias."""
+        if self.sizes.bank is None or choice.weight_bits > 8:
+            return False
+        return self.sizes.bank.get(layer, choice).shift is not None
+
+    def _node_bias(self, layer: Layer) -> None:
+        """A Conv or Gemm reads another bias, or gets one."""
+        if layer.bias is None:
+            self.shift[layer.node] += _string(len(layer.name) + 2)
+        else:
+            self.shift[layer.node] += len(layer.name) + 2 - len(layer.bias)
+            self.left[layer.bias] += 1
+
+    def _added_bias(self, layer: Layer, shifted: bool) -> None:
+        """The Add behind a MatMul reads a shifted bias."""
+        if shifted and layer.bias is not None:
+            self.shift[layer.absorbed[0]] += len(layer.name) + 2 - len(layer.bias)
+            self.left[layer.bias] += 1
+            self._tensor(len(layer.name) + 2, (layer.channels,), 4)
+
+    def _weight(self, layer: Layer, bits: int, stem: int, key: Any) -> None:
+        """A stored integer weight, once."""
+        if not self._first(key, "stored"):
+            return
+        count = layer.parameters
+        if bits in PLANES:
+            self.packed[bits].append(count)
+            self.packed_names[bits] += _string(stem + 5)
+            self.packed_names[bits] += _string(stem + 8) if count % 8 else 0
+            shape = self._constant(layer.weight_shape, (len(layer.weight_shape),), 8)
+            self._node("Reshape", [stem + 5, shape], [stem])
+        else:
+            self._tensor(stem, layer.weight_shape, 2 if bits == 16 else 1)
+
+    def _embedding(self, layer: Layer, choice: LayerChoice, stem: int, key: Any) -> None:
+        output = len(self.graph.nodes[layer.node].output[0])
+        self.shift[layer.node] += stem - len(layer.weight) + len(".stored")
+        stored = output + len(".stored")
+        if choice.weight_bits == 16 and not choice.int16:
+            if self._first(key, "float"):
+                self._tensor(stem, layer.weight_shape, 2)
+            self._node("Cast", [stored], [output], attributes=_CAST)
+            return
+        self._weight(layer, choice.weight_bits, stem, key)
+        scale, per_row = stem + 3, choice.granularity == "channel" and layer.channels > 1
+        if self._first(key, "float"):
+            self._tensor(scale, (layer.channels, 1) if per_row else (1,), 4)
+        if per_row:
+            indices = len(self.graph.nodes[layer.node].input[1])
+            self._node("Gather", [scale, indices], [output + 6], attributes=_AXIS)
+            scale = output + 6
+        self._node("Cast", [stored], [output + 5], attributes=_CAST)
+        self._node("Mul", [output + 5, scale], [output])
+
+    def _dynamic(self, layer: Layer, stem: int, key: Any, shifted: bool) -> None:
+        node, name = self.graph.nodes[layer.node], len(layer.name)
+        self.gone.add(layer.node)
+        source = layer.input if self._read(layer.node, layer.input) == 0 else f"{layer.input}.dq"
+        weight, prefix, output = stem, name + 8, len(node.output[0])
+        if layer.kind == "Gemm" and layer.channel_axis == 0:
+            weight = stem + 3 + name
+            self._node("Transpose", [stem], [weight], attributes=_PERM)
+        read = len(source) + 8
+        if self._first(source, "dynamic"):
+            self._node("DynamicQuantizeLinear", [len(source)], [read, read + 6, read + 5])
+        zero = self._constant(("zeros", ()), (), 1)
+        self._node("MatMulInteger", [read, weight, read + 5, zero], [prefix + 2], name)
+        scales = layer.channels if key[3] == "channel" else 1
+        self._tensor(prefix + 13, (scales,), 4)
+        self._node("Mul", [read + 6, prefix + 13], [prefix + 2])
+        self._node("Cast", [prefix + 2], [prefix + 2], attributes=_CAST)
+        has_bias = layer.kind == "Gemm" and (layer.bias is not None or shifted)
+        self._node("Mul", [prefix + 2, prefix + 2], [prefix + 2 if has_bias else output])
+        if layer.kind == "MatMul":
+            self._added_bias(layer, shifted)
+        elif layer.bias is not None:
+            self.left[layer.bias] += 1
+        if has_bias:
+            self._tensor(prefix + 5, (layer.channels,), 4)
+            self._node("Add", [prefix + 2, prefix + 5], [output])
+
+    # parts
+
+    def _pair(self, source: int, quantized: int, result: int, tensor: str, bits: int) -> None:
+        """QuantizeLinear and DequantizeLinear of a tensor; its scale and zero point."""
+        root = self.plan.roots.get(tensor, tensor)
+        size = 2 if bits == 16 else 1
+        scale = self._constant(("scale", root, bits), (), 4)
+        shared: Any = (root, bits)
+        if root in self.sizes.from_zero:
+            shared = ("lowest", size)
+        elif root in self.plan.symmetric:
+            shared = ("middle", bits)
+        zero = self._constant(("zero", shared), (), size)
+        self._node("QuantizeLinear", [source, scale, zero], [quantized])
+        self._node("DequantizeLinear", [quantized, scale, zero], [result])
+
+    def _unpack(self, bits: int) -> None:
+        """Blob → planes → integers → Split: the nodes that all weights of one width share."""
+        stem, entries = len(f"packed{bits}"), self.packed[bits]
+        for i, width in enumerate(PLANES[bits]):
+            self._tensor(stem + 2, (sum(math.ceil(n / 8) for n in entries) * width, 1), 1)
+            places = self._constant(("places", width), (1, 8 // width), 1)
+            mask = self._constant(("uint8", 2**width - 1), (), 1)
+            flat = self._constant("flat", (1,), 8)
+            self._node("BitShift", [stem + 2, places], [stem + 4], attributes=_RIGHT)
+            self._node("BitwiseAnd", [stem + 4, mask], [stem + 4])
+            self._node("Reshape", [stem + 4, flat], [stem + 4])
+            if i:
+                by = self._constant(("uint8", width), (), 1)
+                self._node("BitShift", [stem + 4, by], [stem + 4], attributes=_LEFT)
+                self._node("BitwiseOr", [stem + 4, stem + 4], [stem + 4])
+        offset = self._constant(("offset", bits), (), 1)
+        self._node("Cast", [stem + 4], [stem + 2], attributes=_CAST)
+        self._node("Sub", [stem + 2, offset], [stem + 2])
+        parts = len(entries) + sum(1 for n in entries if n % 8)
+        self._tensor(stem + 6, (parts,), 8)
+        split = 2 * _string(0) + 2 * stem + 8 + self.packed_names[bits] + _string(5) + _AXIS
+        self.total += _framed(split)
+
+    def _first(self, key: Any, what: str) -> bool:
+        new = (key, what) not in self.known
+        self.known.add((key, what))
+        return new
+
+    def _constant(self, key: Any, dims: Sequence[int], size: int) -> int:
+        """A shared constant; returns the length of its name."""
+        name = 1 + len(str(self.constants))
+        if self._first(key, "constant"):
+            self.constants += 1
+            self._tensor(name, dims, size)
+        return name
+
+    def _tensor(self, name: int, dims: Sequence[int], size: int) -> None:
+        """An initializer: dimensions, type, name, contents."""
+        content = 2 + _string(name) + _string(size * math.prod(dims))
+        self.total += _framed(content + sum(1 + _varint(d) for d in dims))
+
+    def _node(
+        self,
+        op: str,
+        inputs: Sequence[int],
+        outputs: Sequence[int],
+        name: int = 0,
+        attributes: int = 0,
+    ) -> None:
+        size = sum(map(_string, (*inputs, *outputs))) + _string(len(op)) + attributes
+        self.total += _framed(size + (_string(name) if name else 0))
 
 
-def _layer_bytes(
-    graph: Graph,
-    layer: Layer,
-    choice: LayerChoice,
-    how: str,
-    stored: set[str],
-    widths: dict[int, int],
-) -> int:
-    bits, name = choice.weight_bits, len(layer.name)
-    stem = len(layer.weight.removesuffix(".weight")) + 3
-    count, rank = layer.parameters, len(layer.weight_shape)
-    channels = layer.channels if choice.granularity == "channel" else 1
-    key = f"{layer.weight}/{bits}/{choice.granularity}"
-    first, total = key not in stored, 0
-    stored.add(key)
-    if bits == 32:
-        return _tensor(len(layer.weight), 4 * count, rank) if first else 0
-    if not first:
-        return 0
-    if bits in PLANES:
-        widths[bits] = widths.get(bits, 0) + math.ceil(count / 8) * 8
-        total += 3 * stem + 2 * 7 + 26 + 9  # Reshape, its place in Split, its size
-        total += 9 if count % 8 == 0 else stem + 30
-    elif bits == 16 and not choice.int16:
-        return _tensor(stem + 1, 2 * count, rank) + 2 * stem + 25
-    else:
-        total += _tensor(stem, count * (2 if bits == 16 else 1), rank)
-    total += _tensor(stem + 2, 4 * channels, 1)  # scales
-    if how == "int8":
-        total += 3 * stem + 45  # DequantizeLinear
-        if layer.kind != "Conv":
-            total += channels + 22 + stem // 4
-        if layer.bias is not None and layer.kind != "MatMul":
-            width = layer.channels
-            total += _tensor(name + 4, 4 * width, 1) + _tensor(name + 4, 4 * channels, 1)
-            total += 3 * name + 52 - _tensor(len(layer.bias), 4 * width, 1)
-    elif how == "dynamic":
-        total += 8 * name + 3 * len(layer.input) + 170
-    elif layer.kind == "Gather":
-        total += 5 * len(layer.output) + 2 * stem + 110
-    else:
-        total += 5 * stem + 40
-    return total
-
-
-def _pair(name: int) -> int:
-    """QuantizeLinear and DequantizeLinear of a tensor, and its scale."""
-    return 2 * name + 89
-
-
-def _tensor(name: int, payload: int, rank: int) -> int:
-    """An initializer: payload, name and dimensions."""
-    return _framed(payload + name + 4 + 2 * rank + 3)
+def _varint(value: int) -> int:
+    """Bytes of a number in a protobuf."""
+    return max(1, math.ceil(value.bit_length() / 7))
 
 
 def _framed(size: int) -> int:
-    """A message with its tag and length."""
-    return size + 2 + (size > 127) + (size > 16383) + (size > 2097151)
+    """A field of ``size`` bytes with its tag and length."""
+    return 1 + _varint(size) + size
+
+
+_string = _framed
+
+
+def _attribute(name: str, value: Any) -> int:
+    return _framed(helper.make_attribute(name, value).ByteSize())
+
+
+_AXIS, _CAST = _attribute("axis", 0), _attribute("to", 1)
+_RIGHT, _LEFT = _attribute("direction", "RIGHT"), _attribute("direction", "LEFT")
+_PERM = _attribute("perm", [1, 0])

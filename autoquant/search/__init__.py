@@ -63,7 +63,8 @@ class SearchSettings:
 
     ``trials`` is the total, with ``resume`` too. ``timeout`` in seconds is for the trials.
     ``batch`` and ``threads`` are those of latencies. ``workers`` above 1, or a
-    ``ray_address``, runs trials as Ray tasks. ``storage``: an Optuna URL, None for a journal
+    ``ray_address``, runs trials as Ray tasks. ``evaluation_threads``: batches that one trial
+    evaluates at a time, 0 for one a core (one with Ray); scores do not depend on it. ``storage``: an Optuna URL, None for a journal
     file in the run folder.
     """
 
@@ -78,6 +79,7 @@ class SearchSettings:
     batch: int = 1
     threads: int = 1
     workers: int = 1
+    evaluation_threads: int = 0
     ray_address: str | None = None
     storage: str | None = None
     sampler: str | BaseSampler = "tpe"
@@ -91,6 +93,10 @@ class SearchSettings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise RunError(f"--{name} is {value!r}; it must be a whole number of at least 1")
+        if isinstance(self.evaluation_threads, bool) or self.evaluation_threads < 0:
+            raise RunError(
+                f"--evaluation-threads is {self.evaluation_threads!r}; it must be 0 or more"
+            )
         for name in ("timeout", "max_size_bytes", "max_latency_ms"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -115,6 +121,7 @@ class SearchSettings:
             "batch": self.batch,
             "threads": self.threads,
             "workers": self.workers,
+            "evaluation_threads": self.evaluation_threads,
             "ray_address": self.ray_address,
             "storage": self.storage,
             "sampler": self.sampler if isinstance(self.sampler, str) else repr(self.sampler),
@@ -153,6 +160,7 @@ def search(
             limits=Limits(settings.max_size_bytes, settings.max_latency_ms, settings.max_drop),
             batch=settings.batch,
             threads=settings.threads,
+            evaluation_workers=settings.evaluation_threads,
             seed=settings.seed,
             say=say,
         )

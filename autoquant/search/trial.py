@@ -156,7 +156,7 @@ def prepare(
         say("timing the kernels of this machine")
         predictor = _device_model(task, graph, calibration, bank, device, choices, batch, threads)
         say(f"latency model: {predictor.error:.1%} mean error on held-out mixes")
-    cost = CostModel(graph, device.dialect, predictor)
+    cost = CostModel(graph, device.dialect, predictor, bank)
     baseline = cost.predict(resolve(graph, Candidate()))
     return Context(
         graph=graph,

@@ -46,9 +46,7 @@ class RoundingContract:
         assert np.isfinite(scale).all() and (scale > 0).all()
 
     @pytest.mark.parametrize("granularity", GRANULARITIES)
-    def test_more_bits_are_closer_to_the_weight(
-        self, rounding: Rounding, granularity: str
-    ) -> None:
+    def test_more_bits_are_closer_to_the_weight(self, rounding: Rounding, granularity: str) -> None:
         weight = _weight()
         errors = [
             float(((_restored(rounding, weight, bits, granularity) - weight) ** 2).sum())
