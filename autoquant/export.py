@@ -27,7 +27,7 @@ from pydantic import ConfigDict, ValidationError
 
 from autoquant.candidate import Candidate, LayerChoice
 from autoquant.compress.lower import lower
-from autoquant.compress.qdq import read_bits
+from autoquant.compress.readback import read_bits
 from autoquant.compress.rounding import integer_range
 from autoquant.document import Document
 from autoquant.errors import PackageError, RunError, UserError

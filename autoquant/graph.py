@@ -263,10 +263,12 @@ def _check_float(model: onnx.ModelProto, where: str) -> None:
 
 
 def _check_weights(graph: onnx.GraphProto, where: str) -> None:
+    weights = {n for node in graph.node if node.op_type in LAYER_KINDS for n in node.input}
     for proto in graph.initializer:
         if proto.data_type == onnx.TensorProto.FLOAT:
             array = numpy_helper.to_array(proto)
-            if np.isnan(array).any() or (np.isinf(array).any() and array.size > 1):
+            is_mask = proto.name not in weights and array.ndim != 1  # attention masks have -inf
+            if np.isnan(array).any() or (np.isinf(array).any() and not is_mask):
                 raise ModelError(f"{where}: {proto.name!r} contains NaN or infinity")
 
 

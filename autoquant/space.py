@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from itertools import product
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from pydantic import Field, field_validator
 
@@ -111,8 +111,8 @@ class Space(document.Document):
 
     name: str = ""
     description: str = ""
-    calibration: str = "mse"
-    rounding: str = "second-order"
+    calibration: Literal["minmax", "percentile", "mse", "entropy"] = "mse"
+    rounding: Literal["nearest", "second-order"] = "second-order"
     rules: tuple[Rule, ...] = Field(min_length=1)
 
     def choices(self, layers: Iterable[NamedLayer]) -> dict[str, tuple[LayerChoice, ...]]:

@@ -26,17 +26,16 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 
 from autoquant.candidate import ACTIVATION_BITS, WEIGHT_BITS, Candidate, LayerChoice
+from autoquant.compress.bank import PLANES, Bank, QuantizedWeight
 from autoquant.compress.qdq import (
     DIALECTS,
     Grid,
     assemble,
     grid,
-    packed_weight,
     plan,
-    read_bits,
     resolve,
 )
-from autoquant.compress.rounding import PLANES, Bank, QuantizedWeight
+from autoquant.compress.readback import packed_weight, read_bits
 from autoquant.errors import CandidateError, PackageError
 from autoquant.graph import Layer
 from autoquant.runtime import kernels

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from autoquant.calibration import Calibration
 from autoquant.candidate import Candidate
+from autoquant.compress.bank import Bank
 from autoquant.compress.qdq import assemble, resolve
-from autoquant.compress.rounding import Bank
 from autoquant.graph import Graph
 
 __all__ = ["Artifact", "compress"]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from autoquant.candidate import Candidate
+from autoquant.compress.bank import Bank
 from autoquant.compress.qdq import plan
-from autoquant.compress.rounding import Bank
 from autoquant.cost import static
 from autoquant.cost.table import TableModel
 from autoquant.graph import Graph

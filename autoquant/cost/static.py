@@ -10,8 +10,8 @@ from typing import Any
 from onnx import helper
 
 from autoquant.candidate import Candidate, LayerChoice
+from autoquant.compress.bank import PLANES, Bank
 from autoquant.compress.qdq import Plan
-from autoquant.compress.rounding import PLANES, Bank
 from autoquant.graph import Graph, Layer, clamp_bounds
 
 _KEEP_SIGN = ("GlobalAveragePool", "AveragePool", "MaxPool", "Flatten", "Reshape", "Transpose")

@@ -24,8 +24,8 @@ from autoquant.cache import cache_folder
 from autoquant.calibration import Calibration, Histogram
 from autoquant.candidate import FLOAT, Candidate, LayerChoice
 from autoquant.compress import compress
+from autoquant.compress.bank import Bank
 from autoquant.compress.qdq import Plan, plan, resolve
-from autoquant.compress.rounding import Bank
 from autoquant.errors import HardwareError
 from autoquant.graph import IR_VERSION, Graph, Layer, attributes
 from autoquant.hardware import LatencyModel

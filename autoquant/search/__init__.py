@@ -64,8 +64,8 @@ class SearchSettings:
     ``trials`` is the total, with ``resume`` too. ``timeout`` in seconds is for the trials.
     ``batch`` and ``threads`` are those of latencies. ``workers`` above 1, or a
     ``ray_address``, runs trials as Ray tasks. ``evaluation_threads``: batches that one trial
-    evaluates at a time, 0 for one a core (one with Ray); scores do not depend on it. ``storage``: an Optuna URL, None for a journal
-    file in the run folder.
+    evaluates at a time, 0 for one a core (one with Ray); scores do not depend on it.
+    ``storage``: an Optuna URL, None for a journal file in the run folder.
     """
 
     space: str | Path | Space = "mixed"

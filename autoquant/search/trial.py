@@ -14,12 +14,13 @@ import numpy as np
 from autoquant.calibration import Calibration, calibrate, fixed_batch
 from autoquant.candidate import Candidate, LayerChoice
 from autoquant.compress import Artifact, compress
+from autoquant.compress.bank import Bank
 from autoquant.compress.lower import lower
 from autoquant.compress.qdq import mode, resolve
-from autoquant.compress.rounding import ROUNDINGS, Bank
+from autoquant.compress.rounding import ROUNDINGS
 from autoquant.cost import CostModel
 from autoquant.cost.table import TableModel, from_profile, measure_device
-from autoquant.errors import AutoquantError, CandidateError, SpaceError, nearest
+from autoquant.errors import AutoquantError, CandidateError
 from autoquant.evaluate import Evaluator
 from autoquant.graph import Graph, Layer
 from autoquant.hardware import Hardware, load_hardware
@@ -133,9 +134,6 @@ def prepare(
     evaluator.set_reference(RUNTIMES[device.runtime]().open(float_model(graph)))
     say(f"calibrating on {calibration_split.samples:,} samples")
     settings = found_space or Space(rules=(Rule(),))
-    if settings.rounding not in ROUNDINGS:
-        hint = nearest(settings.rounding, ROUNDINGS)
-        raise SpaceError(f"space {settings.name!r}: rounding {settings.rounding!r}; {hint}")
     calibration = calibrate(
         graph,
         calibration_split,

@@ -1,0 +1,133 @@
+"""Reading an artifact back: the bits of every layer, from the graph alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import onnx
+from onnx import TensorProto, numpy_helper
+
+from autoquant.compress.bank import PLANES, unpack
+from autoquant.errors import PackageError
+from autoquant.task import Array
+
+
+def read_bits(model: onnx.ModelProto, layers: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """(weight_bits, activation_bits) of every named layer, from the graph alone.
+
+    Weights: the packed planes, integers or floats that the layer's weight comes from.
+    Activations: the levels of the grid that its input is on; a float layer whose input exists
+    only quantized reads as 8. Raises PackageError for a missing layer or an unknown format.
+    """
+    nodes = {n.name: n for n in model.graph.node if n.name}
+    producers = {name: n for n in model.graph.node for name in n.output}
+    initializers = {i.name: i for i in model.graph.initializer}
+    result = {}
+    for name in layers:
+        node = nodes.get(name)
+        if node is None:
+            raise PackageError(f"the model has no layer {name!r}")
+        position = 0 if node.op_type == "Gather" else 1
+        weight_bits = _stored_bits(node.input[position], producers, initializers)
+        activation_bits = 32
+        if node.op_type == "MatMulInteger":
+            activation_bits = 8
+        elif node.op_type != "Gather":
+            activation_bits = _grid_bits(node.input[0], producers, initializers)
+        result[name] = (weight_bits, activation_bits)
+    return result
+
+
+def _stored_bits(
+    tensor: str,
+    producers: dict[str, onnx.NodeProto],
+    initializers: dict[str, TensorProto],
+) -> int:
+    """Follow a weight back to what is stored."""
+    widths: dict[int, int] = {
+        TensorProto.FLOAT: 32,
+        TensorProto.FLOAT16: 16,
+        TensorProto.INT16: 16,
+        TensorProto.INT8: 8,
+    }
+    while tensor not in initializers:
+        node = producers.get(tensor)
+        if node is None:
+            raise PackageError(f"weight {tensor!r} has no source")
+        if node.op_type == "Split":
+            return _plane_bits(node.input[0], producers, initializers)
+        tensor = node.input[0]
+    kind = initializers[tensor].data_type
+    if kind not in widths:
+        raise PackageError(f"weight {tensor!r} is stored as {TensorProto.DataType.Name(kind)}")
+    return widths[kind]
+
+
+def _plane_bits(
+    tensor: str,
+    producers: dict[str, onnx.NodeProto],
+    initializers: dict[str, TensorProto],
+) -> int:
+    """Width of a packed blob: the bits of the masks of all its planes."""
+    bits, todo = 0, [tensor]
+    while todo:
+        node = producers.get(todo.pop())
+        if node is None:
+            continue
+        if node.op_type == "BitwiseAnd":
+            mask = int(numpy_helper.to_array(initializers[node.input[1]]))
+            bits += mask.bit_length()
+        else:
+            todo.extend(node.input)
+    return bits
+
+
+def _grid_bits(
+    tensor: str,
+    producers: dict[str, onnx.NodeProto],
+    initializers: dict[str, TensorProto],
+) -> int:
+    """Bits of the grid that a layer's input is on; 32 where it is float."""
+    dequantize = producers.get(tensor)
+    if dequantize is None or dequantize.op_type != "DequantizeLinear":
+        return 32
+    scale = float(numpy_helper.to_array(initializers[dequantize.input[1]]))
+    kind = numpy_helper.to_array(initializers[dequantize.input[2]]).dtype
+    quantize = producers.get(dequantize.input[0])
+    clip = producers.get(quantize.input[0]) if quantize is not None else None
+    if (
+        clip is not None
+        and clip.op_type == "Clip"
+        and clip.output[0].rpartition(".clip")[2].isdigit()
+    ):
+        low, high = (float(numpy_helper.to_array(initializers[n])) for n in clip.input[1:3])
+        return round((high - low) / scale).bit_length()
+    return 16 if kind.itemsize == 2 else 8
+
+
+def packed_weight(model: onnx.ModelProto, layer: str) -> Array | None:
+    """The integers of a layer stored in 2…7 bits, unpacked from the file; None otherwise."""
+    producers = {name: n for n in model.graph.node for name in n.output}
+    initializers = {i.name: i for i in model.graph.initializer}
+    node = next((n for n in model.graph.node if n.name == layer), None)
+    if node is None:
+        raise PackageError(f"the model has no layer {layer!r}")
+    tensor, shape = node.input[0 if node.op_type == "Gather" else 1], None
+    while tensor not in initializers:
+        source = producers[tensor]
+        if source.op_type == "Reshape":
+            shape = numpy_helper.to_array(initializers[source.input[1]])
+        if source.op_type == "Split":
+            bits = _plane_bits(source.input[0], producers, initializers)
+            planes = [
+                numpy_helper.to_array(initializers[f"packed{bits}.{i}"])
+                for i in range(len(PLANES[bits]))
+            ]
+            sizes = numpy_helper.to_array(initializers[source.input[1]])
+            index = list(source.output).index(tensor)
+            start, count = int(sizes[:index].sum()), int(sizes[index])
+            flat = unpack(planes, bits, start + count)[start:]
+            assert shape is not None
+            return flat.reshape(shape)
+        tensor = source.input[0]
+    return None
