@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from autoquant.candidate import Candidate
-from autoquant.errors import NoFeasibleMember, RunError, nearest
+from autoquant.errors import CandidateError, NoFeasibleMember, RunError, nearest
 from autoquant.result import COST_NAMES, Cost, Score, TrialResult
 from autoquant.task import Array
 
@@ -135,7 +135,7 @@ class Front:
             raise RunError(f"{folder}: no front.json; the search has not finished (--resume it)")
         try:
             return cls.from_dict(json.loads(path.read_text(encoding="utf-8")), folder)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, CandidateError) as error:
             raise RunError(f"{path}: not a front: {type(error).__name__}: {error}") from None
 
     def member(self, trial: int) -> Member:

@@ -288,7 +288,7 @@ def _cost_figure(
                 "y": [m["searched"]["accuracy"] * up for m in members],
                 "error_y": {
                     "type": "data",
-                    "array": [m["searched"]["standard_error"] * up for m in members],
+                    "array": [(m["searched"]["standard_error"] or 0.0) * up for m in members],
                     "color": _FRONT,
                     "thickness": 1,
                     "width": 3,
@@ -478,7 +478,7 @@ def _visible_range(front: Record, others: Sequence[float], up: float) -> dict[st
     known = [front["baseline"].get("accuracy")]
     top = max([*values, *(k for k in known if k is not None)])
     middle = values[len(values) // 2]
-    error = max(s["standard_error"] for s in scores)
+    error = max(s["standard_error"] or 0.0 for s in scores)
     low = top - 3 * max(top - middle, error)
     if min([*values, *others]) >= low:
         return {}
@@ -659,7 +659,9 @@ def _headline(front: Record) -> str:
         return "No trial met the limits: the front is empty."
     _, percent = _metric(front)
     unit = " points" if percent else ""
-    lossless = [m for m in members if m["searched"]["drop"] <= m["searched"]["drop_standard_error"]]
+    lossless = [
+        m for m in members if m["searched"]["drop"] <= (m["searched"]["drop_standard_error"] or 0.0)
+    ]
     if lossless:
         member = min(lossless, key=lambda m: m["predicted"]["size_bytes"])
         drop = _with_error(member["searched"], "drop", percent)

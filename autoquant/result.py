@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -17,7 +18,8 @@ class Score:
 
     ``value`` is in the metric's own units, higher is better. ``drop`` is float minus this on
     the same samples, ``drop_standard_error`` its *paired* standard error: per-sample
-    differences for a per-sample metric, a paired bootstrap for a callable one.
+    differences for a per-sample metric, a paired bootstrap for a callable one. An error that
+    cannot be told is NaN, and null in JSON.
     """
 
     metric: str
@@ -32,9 +34,9 @@ class Score:
         """The form of ``searched`` and ``verified`` in front.json (``value`` is ``accuracy``)."""
         return {
             "accuracy": self.value,
-            "standard_error": self.standard_error,
+            "standard_error": _known(self.standard_error),
             "drop": self.drop,
-            "drop_standard_error": self.drop_standard_error,
+            "drop_standard_error": _known(self.drop_standard_error),
             "samples": self.samples,
             "split": self.split,
             "metric": self.metric,
@@ -44,7 +46,14 @@ class Score:
     def from_dict(cls, d: Mapping[str, Any]) -> Score:
         """Read ``to_dict``'s form."""
         rest = {f.name: d[f.name] for f in fields(cls) if f.name not in ("value", "metric")}
+        for name in ("standard_error", "drop_standard_error"):
+            rest[name] = math.nan if rest[name] is None else rest[name]
         return cls(metric=d.get("metric", "top1"), value=d["accuracy"], **rest)
+
+
+def _known(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,15 +80,23 @@ class SecondOrder:
     H is the (centred) second moment of the layer's inputs. Columns are rounded in the order of
     their moments, and each error is fed to the columns that follow (GPTQ, Frantar et al. 2022);
     then sweeps of coordinate descent move each integer to the best one given all others. The
-    scale of a row minimizes its error weighted by the moments' diagonal. Without moments it
+    scale of a row starts at the least error weighted by the moments' diagonal, and before each
+    of the last ``refits`` sweeps moves to the best one for the integers. Without moments it
     falls back to `Nearest`. Memory: rows go in blocks of at most ``block_bytes``; for K inputs
     the rest is a few K×K matrices of float32 (4,096 wide: under 1 GB in all).
     """
 
     needs_moments = True
 
-    def __init__(self, damping: float = 0.01, sweeps: int = 3, block_bytes: int = 64 << 20) -> None:
-        self.damping, self.sweeps, self.block_bytes = damping, sweeps, block_bytes
+    def __init__(
+        self,
+        damping: float = 0.01,
+        sweeps: int = 2,
+        refits: int = 3,
+        block_bytes: int = 64 << 20,
+    ) -> None:
+        self.damping, self.sweeps, self.refits = damping, sweeps, refits
+        self.block_bytes = block_bytes
 
     def __call__(
         self, weight: Array, bits: int, granularity: str, moments: Moments | None = None
@@ -108,20 +116,25 @@ class SecondOrder:
         else:
             flat = (weight.reshape(1, -1), bits, weighted.reshape(1, -1))
             scale = least_squares_scale(*flat)
-        row_scale = np.broadcast_to(scale, len(weight)).reshape(groups, -1)
+        row_scale = np.broadcast_to(scale, len(weight)).reshape(groups, -1).copy()
         values = np.empty(rows.shape, np.int16)
         block = max(1, self.block_bytes // (16 * inputs))
+        refits = self.refits if granularity == "channel" else 0
         for group in range(groups) if inputs > 64 else (slice(None),):
             part = slice(group, group + 1) if isinstance(group, int) else group
             for start in range(0, rows.shape[1], block):
                 take = slice(start, start + block)
-                values[part, take] = self._round(
-                    rows[part, take], row_scale[part, take], second[part], bits
+                values[part, take], row_scale[part, take] = self._round(
+                    rows[part, take], row_scale[part, take], second[part], bits, refits
                 )
+        if granularity == "channel":
+            scale = row_scale.reshape(-1)
         return values.reshape(weight.shape), scale
 
-    def _round(self, rows: Array, scale: Array, second: Array, bits: int) -> Array:
-        """Integers of (groups, rows, K) weights under (groups, K, K) moments."""
+    def _round(
+        self, rows: Array, scale: Array, second: Array, bits: int, refits: int
+    ) -> tuple[Array, Array]:
+        """Integers and scales of (groups, rows, K) weights under (groups, K, K) moments."""
         import torch
 
         low, high = integer_range(bits)
@@ -149,10 +162,14 @@ class SecondOrder:
                 errors[:, :, j - start] = error
                 left[:, :, j:end] -= error[:, :, None] * factor[:, None, j, j:end]
             left[:, :, end:] -= errors @ factor[:, start:end, end:]
-        residual = w - q * s[:, :, None]
-        slope = residual @ hessian
         diagonal = hessian.diagonal(dim1=1, dim2=2)
-        for _ in range(self.sweeps):
+        target = w @ hessian
+        for sweep in range(self.sweeps + refits):
+            if sweep >= self.sweeps:  # the scale of least error for these integers
+                norm = ((q @ hessian) * q).sum(2)
+                fitted = (target * q).sum(2) / norm.clamp_min(1e-30)
+                s = torch.where((norm > 0) & (fitted > 0), fitted, s)
+            slope = (w - q * s[:, :, None]) @ hessian
             for start in range(0, count, 128):
                 end = min(start + 128, count)
                 moves = torch.zeros_like(q[:, :, start:end])
@@ -167,7 +184,7 @@ class SecondOrder:
                 slope -= moves @ hessian[:, start:end]
         result = torch.empty_like(q)
         result[:, :, order] = q
-        return result.numpy().astype(np.int16)
+        return result.numpy().astype(np.int16), s.numpy()
 
 
 ROUNDINGS: dict[str, Rounding] = {"nearest": Nearest(), "second-order": SecondOrder()}

@@ -208,8 +208,9 @@ def _kernel_table(
     digest = hashlib.sha256(machine.encode()).hexdigest()[:12]
     path = cache_folder() / f"kernels-{digest}.json"
     try:
-        known: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        read = json.loads(path.read_text(encoding="utf-8"))
+        known = {str(key): float(value) for key, value in read.items()}
+    except (OSError, ValueError, TypeError, AttributeError):  # not there, or damaged
         known = {}
     table, fresh = {}, False
     for layer in graph.layers:

@@ -20,7 +20,7 @@ from autoquant import document
 from autoquant.calibration import fixed_batch
 from autoquant.candidate import Candidate
 from autoquant.cost.table import to_profile
-from autoquant.errors import NoFeasibleMember, RunError
+from autoquant.errors import HardwareError, NoFeasibleMember, RunError
 from autoquant.evaluate import Evaluator
 from autoquant.front import (
     Front,
@@ -164,6 +164,7 @@ def search(
             seed=settings.seed,
             say=say,
         )
+        _check_predicted(objectives, context)
         study = Study(
             context,
             StudySettings(
@@ -198,6 +199,14 @@ def search(
     if not front.members:
         raise NoFeasibleMember(_why_none(run.name, study.results))
     return front
+
+
+def _check_predicted(objectives: Sequence[str], context: Context) -> None:
+    for name in objectives:
+        if name != "accuracy" and getattr(context.baseline, name) is None:
+            raise HardwareError(
+                f"--objectives: hardware {context.hardware.name!r} does not predict {name}"
+            )
 
 
 def _first(
@@ -417,19 +426,20 @@ def _open_run(task: Task, settings: SearchSettings, source: Mapping[str, Any]) -
         path = folder / "study.yaml"
         if not path.is_file():
             raise RunError(f"--resume: there is no run {name!r} under {base}")
-        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        try:
+            before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise RunError(f"{path}: not YAML: {' '.join(str(error).split())[:200]}") from None
+        if not isinstance(before, dict):
+            raise RunError(f"{path}: expected the fields of a search")
         for key in _SAME_ON_RESUME:
             if before.get(key) != json.loads(json.dumps(content.get(key))):
                 raise RunError(
                     f"--resume: {key} differs from {path}; "
                     "give the same one, or choose another --name"
                 )
-        previous = folder / "front.json"
-        seconds = (
-            float(json.loads(previous.read_text(encoding="utf-8")).get("seconds", 0.0))
-            if previous.is_file()
-            else 0.0
-        )
+        finished = (folder / "front.json").is_file()
+        seconds = Front.read(folder).seconds if finished else 0.0
         return _Run(name, folder, content, fresh=False, seconds=seconds)
     try:
         base.mkdir(parents=True, exist_ok=True)

@@ -91,8 +91,13 @@ class RayExecutor:
                 else:
                     ray.init(address=address, log_to_driver=False, configure_logging=False)
             except Exception as error:
+                what = (
+                    f"--workers {workers}: Ray cannot start"
+                    if address is None
+                    else f"--ray-address {address}: cannot connect"
+                )
                 reason = " ".join(str(error).split())[:200]
-                raise RunError(f"--ray-address {address}: cannot connect: {reason}") from None
+                raise RunError(f"{what}: {reason}") from None
         _ship_task_files()
         alone = replace(context, evaluator=_single_worker(context))
         self.context = ray.put(alone)

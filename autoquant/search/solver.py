@@ -15,50 +15,58 @@ from autoquant.task import Array
 
 GRID = 4000  # steps of the budget
 
+Choices = Mapping[str, Sequence[LayerChoice]]
+Table = Mapping[str, Sequence[float]]  # a figure for each choice of each layer
 
-def curve(
-    choices: Mapping[str, Sequence[LayerChoice]],
-    divergence: Mapping[str, Sequence[float]],
-    cost: Mapping[str, Sequence[float]],
-    points: int,
+
+def solve(
+    choices: Choices, divergence: Table, cost: Table, budgets: Sequence[float]
 ) -> list[Candidate]:
-    """Up to ``points`` best candidates, at budgets spread evenly in the log of the cost.
+    """The candidate of least summed divergence within each budget of the summed cost.
 
-    ``cost``: of each choice of each layer, not negative. Budgets go from the least possible
-    cost to that of every layer's most costly choice that is not float, where there is one, and
-    are rounded down to a grid of ``GRID`` steps. Cheapest first.
+    ``cost`` must not be negative. A budget is rounded down to a grid of ``GRID`` steps between
+    the least and the most possible cost; one below the least gets the cheapest candidate.
     """
     names = [name for name, found in choices.items() if len(found) > 1]
     low = sum(min(cost[name]) for name in choices)
     high = sum(max(cost[name]) for name in choices)
-    fixed = {name: found[0] for name, found in choices.items() if len(found) == 1}
-    if not names or high <= low:
-        return []
-    step = (high - low) / GRID
+    step = (high - low) / GRID or 1.0
+    steps = {
+        n: np.ceil((np.array(cost[n]) - min(cost[n])) / step - 1e-9).astype(int) for n in names
+    }
     best = np.zeros(GRID + 1)
-    taken: list[Array] = []
+    taken: dict[str, Array] = {}
     for name in names:
-        least = min(cost[name])
-        extra = [int(np.ceil((c - least) / step - 1e-9)) for c in cost[name]]
-        options = np.full((len(extra), GRID + 1), np.inf)
-        for i, (shift, loss) in enumerate(zip(extra, divergence[name], strict=True)):
-            if shift <= GRID:
-                options[i, shift:] = best[: GRID + 1 - shift] + loss
-        taken.append(options.argmin(axis=0))
+        options = np.full((len(choices[name]), GRID + 1), np.inf)
+        for i, (shift, loss) in enumerate(zip(steps[name], divergence[name], strict=True)):
+            options[i, min(shift, GRID) :] = best[: GRID + 1 - min(shift, GRID)] + loss
+        taken[name] = options.argmin(axis=0)
         best = options.min(axis=0)
-    top = sum(_widest(choices[name], cost[name]) for name in choices)
-    top = top if low < top < high else high
-    budgets = np.exp(np.linspace(np.log(max(low, top / 1000)), np.log(top), points)) - low
     found = []
     for budget in budgets:
-        index = int(np.clip(budget / step, 0, GRID))
-        layers = dict(fixed)
-        for name, pick in zip(reversed(names), reversed(taken), strict=True):
-            choice = int(pick[index])
-            layers[name] = choices[name][choice]
-            index -= int(np.ceil((cost[name][choice] - min(cost[name])) / step - 1e-9))
-        found.append(Candidate({name: layers[name] for name in choices}))
-    return list(dict.fromkeys(found))
+        index = int(np.clip((budget - low) / step, 0, GRID))
+        picks = {}
+        for name in reversed(names):
+            picks[name] = int(taken[name][index])
+            index -= steps[name][picks[name]]
+        found.append(Candidate({n: c[picks.get(n, 0)] for n, c in choices.items()}))
+    return found
+
+
+def curve(choices: Choices, divergence: Table, cost: Table, points: int) -> list[Candidate]:
+    """Up to ``points`` solutions at budgets spread evenly in the log of the cost, cheapest first.
+
+    Budgets go from the least possible cost to that of every layer's most costly choice that is
+    not float, where there is one.
+    """
+    low = sum(min(cost[name]) for name in choices)
+    high = sum(max(cost[name]) for name in choices)
+    if high <= low:
+        return []
+    top = sum(_widest(found, cost[name]) for name, found in choices.items())
+    top = top if low < top < high else high
+    budgets = np.exp(np.linspace(np.log(max(low, top / 1000)), np.log(top), points))
+    return list(dict.fromkeys(solve(choices, divergence, cost, budgets.tolist())))
 
 
 def _widest(choices: Sequence[LayerChoice], cost: Sequence[float]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autoquant.candidate import FLOAT, Candidate, LayerChoice
-from autoquant.errors import RunError, nearest
+from autoquant.errors import CandidateError, RunError, nearest
 from autoquant.front import Front, members_of
 from autoquant.result import TrialResult
 from autoquant.search.executor import Executor
@@ -117,14 +118,27 @@ class Study:
         self.seen = {r.candidate.key: r.trial for r in self.results}
         self.random = random.Random(settings.seed + len(self.results))
         directions = ["maximize" if n == "accuracy" else "minimize" for n in settings.objectives]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self.study = optuna.create_study(
-                storage=_storage(settings),
-                study_name=settings.name,
-                directions=directions,  # type: ignore[arg-type]
-                sampler=_sampler(settings, len(self.results)),
-                load_if_exists=resume,
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self.study = optuna.create_study(
+                    storage=_storage(settings),
+                    study_name=settings.name,
+                    directions=directions,  # type: ignore[arg-type]
+                    sampler=_sampler(settings, len(self.results)),
+                    load_if_exists=resume,
+                )
+        except optuna.exceptions.DuplicatedStudyError:
+            raise RunError(
+                f"--storage {settings.storage}: it has a study {settings.name!r} already; "
+                "choose another --name"
+            ) from None
+        except (OSError, optuna.exceptions.StorageInternalError) as error:
+            raise RunError(_cannot_write(settings.folder, error)) from None
+        known = len(self.study.get_trials(deepcopy=False))
+        if any(r.trial >= known for r in self.results):
+            raise RunError(
+                f"{self.path} has trials that the storage lacks; resume with the same --storage"
             )
         self._recover()
         if first is not None and not self.study.get_trials(deepcopy=False):
@@ -150,6 +164,9 @@ class Study:
 
         Returns why it ended: ``trials``, ``timeout``, ``exhausted`` or ``interrupted``.
         """
+        from optuna.exceptions import StorageInternalError
+        from optuna.trial import TrialState
+
         settings = self.settings
         end = None if settings.timeout is None else time.monotonic() + settings.timeout
         running: dict[int, optuna.trial.Trial] = {}
@@ -179,11 +196,12 @@ class Study:
                     callback.trial(result)
         except KeyboardInterrupt:
             return "interrupted"
+        except (OSError, StorageInternalError) as error:  # an executor's are results
+            raise RunError(_cannot_write(settings.folder, error)) from None
         finally:
-            from optuna.trial import TrialState
-
-            for number in running:
-                self.study.tell(number, state=TrialState.FAIL)
+            with contextlib.suppress(OSError, StorageInternalError):  # the next --resume does it
+                for number in running:
+                    self.study.tell(number, state=TrialState.FAIL)
 
     def _proposals(
         self, running: Mapping[int, optuna.trial.Trial]
@@ -256,7 +274,7 @@ class Study:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise RunError(f"{self.path}: cannot be written: {error.strerror}") from None
+            raise RunError(_cannot_write(self.path, error)) from None
         self.results.append(result)
         if result.status == "failed" or result.predicted is None:
             self.study.tell(trial, state=TrialState.FAIL)
@@ -277,18 +295,27 @@ def read_trials(path: Path) -> list[TrialResult]:
     """
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = path.read_bytes().splitlines(keepends=True)
     results, good = [], 0
     for number, line in enumerate(lines, 1):
         try:
             results.append(TrialResult.from_dict(json.loads(line)))
-            good += len(line.encode())
-        except (ValueError, KeyError, TypeError) as error:
+            good += len(line)
+        except (ValueError, KeyError, TypeError, CandidateError) as error:
             if number == len(lines):
                 os.truncate(path, good)
                 break
             raise RunError(f"{path}:{number}: not a trial: {type(error).__name__}") from None
+    else:
+        if lines and not lines[-1].endswith(b"\n"):  # the next one needs a line of its own
+            with path.open("ab") as file:
+                file.write(b"\n")
     return results
+
+
+def _cannot_write(path: Path, error: Exception) -> str:
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+    return f"{path}: cannot be written: {reason}"
 
 
 def _storage(settings: StudySettings) -> Any:

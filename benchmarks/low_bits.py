@@ -1,0 +1,161 @@
+"""Post-training accuracy at 2 to 8 average weight bits, without labels or training.
+
+    python benchmarks/low_bits.py [NETWORK …] [--seeds 3]     # about 25 minutes on two cores
+
+For each network, width set and budget of average bits: the exact solution under the measured
+prior (the one a search starts from), its file scored in onnxruntime on the test split, for three
+draws of calibration data. 512 calibration images or sentences, 256 for EfficientNet-Lite0;
+activations 8 bits where not said otherwise. Needs AUTOQUANT_DATA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from record import record
+
+from autoquant.compress.lower import lower
+from autoquant.runtime import OnnxRuntime
+from autoquant.search.sensitivity import sensitivity
+from autoquant.search.solver import solve
+from autoquant.search.trial import evaluator_for, float_model, prepare
+from autoquant.space import Rule, Space
+
+sys.path.insert(0, str(Path(__file__).parent / "tasks"))
+
+
+def rules(widths: list[int], activations: int = 8, ends: bool = False, embedding: int = 8):
+    """Weights of the given widths; ``ends`` keeps the first and last layer at 8/8."""
+
+    def make(first: str, last: str) -> Space:
+        found = [
+            Rule(weight_bits=tuple(widths), activation_bits=(activations,)),
+            Rule(kinds=("Gather",), weight_bits=(embedding,)),
+        ]
+        if ends:
+            found.append(Rule(layers=(first, last), weight_bits=(8,), activation_bits=(8,)))
+        return Space(name="benchmark", rules=tuple(found))
+
+    return make
+
+
+WIDE, PLAIN = [2, 3, 4, 6, 8], [2, 4, 8]
+# network: (label, space, budgets in average bits → bar, the drop against float it allows)
+CASES = {
+    "resnet20": [
+        ("{2,3,4,6,8}/8", rules(WIDE), {2.0: 2.23, 2.5: 1.03, 3.0: 0.43, 4.0: 0.13}),
+        ("{2,4,8}/8", rules(PLAIN), {2.5: 1.93, 3.0: 1.13, 4.0: 0.23}),
+        ("4/4, ends 8/8", rules([4], 4, ends=True), {8.0: 2.23}),
+    ],
+    "resnet8": [("{2,3,4,6,8}/8", rules(WIDE), {3.0: 2.19, 4.0: 0.59})],
+    "efficientnet_lite0": [
+        ("{2,3,4,6,8}/8", rules(WIDE), {8.0: 0.49, 4.0: 1.39, 3.0: 4.69}),
+        ("{2,4,8}/8", rules(PLAIN), {4.0: 1.69, 3.0: 6.19}),
+    ],
+    "minilm": [
+        ("{2,3,4,6,8}/8, embeddings 8", rules(WIDE), {8.0: 0.23, 4.0: 0.83, 3.0: 2.53}),
+        ("{2,3,4,6,8}/8, embeddings 4", rules(WIDE, embedding=4), {4.0: 1.23}),
+    ],
+}
+
+
+def task(name: str, seed: int):
+    """The network's task with one draw of calibration data."""
+    import cifar10
+    import imagenet
+    import stsb
+
+    makers = {
+        "resnet20": cifar10.resnet20,
+        "resnet8": cifar10.resnet8,
+        "efficientnet_lite0": imagenet.efficientnet_lite0,
+        "minilm": stsb.minilm,
+    }
+    return makers[name](seed=seed)
+
+
+def measure(name: str, seed: int) -> list[dict[str, object]]:
+    """Every case of one network with one draw of calibration data."""
+    found = task(name, seed)
+    graph = lower(found)
+    test = evaluator_for(found, graph, "test")
+    baseline = test.set_reference(OnnxRuntime().open(float_model(graph))).value
+    rows = []
+    for label, make, budgets in CASES[name]:
+        start = time.perf_counter()
+        space = make(graph.layers[0].name, graph.layers[-1].name)
+        context = prepare(found, space=space, latency=False)
+        prior = sensitivity(context, os.cpu_count() or 1)
+        ready = time.perf_counter() - start
+        counted = {
+            n: graph.by_name[n] for n in context.choices if graph.by_name[n].kind != "Gather"
+        }
+        cost = {
+            n: tuple(c.weight_bits * counted[n].parameters if n in counted else 0.0 for c in f)
+            for n, f in context.choices.items()
+        }
+        weights = sum(layer.parameters for layer in counted.values())
+        asked = [bits * weights for bits in budgets]
+        for (bits, allowed), candidate in zip(
+            budgets.items(), solve(context.choices, prior, cost, asked), strict=True
+        ):
+            artifact = context.compress(candidate)
+            score = test.score(OnnxRuntime().open(artifact.model))
+            spent = sum(
+                artifact.candidate.choice(n).weight_bits * x.parameters for n, x in counted.items()
+            )
+            rows.append(
+                {
+                    "network": name,
+                    "space": label,
+                    "budget_bits": bits,
+                    "average_bits": round(spent / weights, 3),
+                    "seed": seed,
+                    "float": baseline,
+                    "test": score.value,
+                    "drop_points": round(100 * score.drop, 3),
+                    "drop_standard_error_points": round(100 * score.drop_standard_error, 3),
+                    "allowed_drop_points": allowed,
+                    "size_bytes": artifact.size_bytes,
+                    "prepare_seconds": round(ready, 1),
+                }
+            )
+            print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def main() -> None:
+    """All cases, a summary over seeds, the record."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("networks", nargs="*", default=list(CASES))
+    parser.add_argument("--seeds", type=int, default=3)
+    options = parser.parse_args()
+    rows = [r for n in options.networks for s in range(options.seeds) for r in measure(n, s)]
+    summary = []
+    for key in dict.fromkeys((r["network"], r["space"], r["budget_bits"]) for r in rows):
+        same = [r for r in rows if (r["network"], r["space"], r["budget_bits"]) == key]
+        drops = [r["drop_points"] for r in same]
+        summary.append(
+            {
+                "network": key[0],
+                "space": key[1],
+                "budget_bits": key[2],
+                "mean_drop_points": round(float(np.mean(drops)), 3),
+                "spread_points": round(float(np.ptp(drops)), 3),
+                "allowed_drop_points": same[0]["allowed_drop_points"],
+                "reached": bool(np.mean(drops) <= same[0]["allowed_drop_points"]),
+            }
+        )
+        print(json.dumps(summary[-1]))
+    whole = options.networks == list(CASES)
+    record("low_bits", {"seeds": options.seeds, "summary": summary, "rows": rows}, write=whole)
+
+
+if __name__ == "__main__":
+    main()

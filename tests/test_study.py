@@ -1,0 +1,453 @@
+"""The ask/tell loop, with an executor that makes scores up: nothing is built or run."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import optuna
+import pytest
+from small_task import SPACE, TWO, context, uniform
+
+from autoquant.candidate import FLOAT, Candidate, LayerChoice
+from autoquant.errors import RunError
+from autoquant.result import Score, TrialResult
+from autoquant.search import study as studies
+from autoquant.search.study import (
+    SAMPLERS,
+    Callback,
+    Study,
+    StudySettings,
+    read_trials,
+    uniform_candidates,
+)
+from autoquant.search.trial import Context, Limits
+
+OBJECTIVES = ("accuracy", "latency_ms", "size_bytes")
+FREE = {name: (FLOAT, LayerChoice(8, 8), LayerChoice(4, 8)) for name in "abc"}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Context:
+    """64 candidates: four choices for each of three layers."""
+    return context(tmp_path_factory.mktemp("small"), SPACE)
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory: pytest.TempPathFactory) -> Context:
+    """8 candidates: two choices for each of three layers."""
+    return context(tmp_path_factory.mktemp("eight"), TWO)
+
+
+class Fake:
+    """Up to ``slots`` trials at a time, the latest first; wider weights score better.
+
+    ``before`` hears of every trial that is about to finish, and may raise.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        slots: int = 1,
+        before: Callable[[TrialResult], TrialResult | None] = lambda _: None,
+    ) -> None:
+        self.context, self.slots, self.before = context, slots, before
+        self.queue: list[tuple[Candidate, int, int]] = []
+        self.most = 0
+
+    def submit(self, candidate: Candidate, trial: int, seed: int) -> None:
+        self.queue.append((candidate, trial, seed))
+        self.most = max(self.most, len(self.queue))
+
+    def wait(self) -> TrialResult:
+        candidate, trial, seed = self.queue.pop()
+        predicted = self.context.cost.predict(candidate)
+        score = Score("top1", predicted.average_weight_bits / 64, 0.01, 0.1, 0.01, 96, "validation")
+        result = TrialResult(trial, candidate, "complete", score, predicted, seed=seed)
+        return self.before(result) or result
+
+    def close(self) -> None:
+        self.queue.clear()
+
+
+def settings(folder: Path, **changes: Any) -> StudySettings:
+    fields: dict[str, Any] = {
+        "name": "one",
+        "folder": folder,
+        "objectives": OBJECTIVES,
+        "trials": 12,
+        "timeout": None,
+        "sampler": "tpe",
+        "seed": 0,
+        "storage": None,
+    }
+    return StudySettings(**{**fields, **changes})
+
+
+def open_study(context: Context, folder: Path, resume: bool = False, **changes: Any) -> Study:
+    """A study that starts with the uniform candidates, as a search's does."""
+    first = lambda: uniform_candidates(context.choices)  # noqa: E731
+    return Study(context, settings(folder, **changes), resume, first)
+
+
+def keys(results: Sequence[TrialResult]) -> list[str]:
+    return [r.candidate.key for r in results]
+
+
+# --- first candidates -------------------------------------------------------------------------
+
+
+def test_uniform_candidates_go_from_float_down() -> None:
+    found = uniform_candidates(FREE)
+    assert [c.choice("a") for c in found] == [FLOAT, LayerChoice(8, 8), LayerChoice(4, 8)]
+    assert all(len(set(c.layers.values())) == 1 for c in found)
+
+
+def test_a_layer_without_the_choice_takes_the_nearest() -> None:
+    choices: Mapping[str, Sequence[LayerChoice]] = {
+        "a": (LayerChoice(2, 8), LayerChoice(8, 8)),
+        "b": (LayerChoice(4, 8),),
+        "c": (LayerChoice(8, 4), LayerChoice(8, 8), FLOAT),
+    }
+    found = {str(c.choice("c")): c for c in uniform_candidates(choices)}
+    assert found["float"].choice("a") == LayerChoice(8, 8)
+    assert found["8/4"].choice("a") == LayerChoice(8, 8)
+    assert all(c.choice("b") == LayerChoice(4, 8) for c in found.values())
+    assert len(keys_of := {c.key for c in uniform_candidates(choices)}) == len(
+        uniform_candidates(choices)
+    ), keys_of
+
+
+def test_a_new_study_runs_the_uniform_candidates_first(small: Context, tmp_path: Path) -> None:
+    study = open_study(small, tmp_path, trials=6)
+    assert study.run(Fake(small), []) == "trials"
+    assert [r.candidate for r in study.results[:4]] == [uniform(b) for b in (32, 8, 4, 2)]
+
+
+# --- trials -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", [*SAMPLERS, "TPE"])
+def test_every_sampler_runs_as_many_trials_as_asked(
+    small: Context, tmp_path: Path, sampler: str
+) -> None:
+    study = open_study(small, tmp_path, sampler=sampler, trials=20)
+    assert study.run(Fake(small), []) == "trials"
+    assert len(set(keys(study.results))) == len(study.results) == 20
+    assert [r.to_dict() for r in read_trials(tmp_path / "trials.jsonl")] == [
+        r.to_dict() for r in study.results
+    ]
+
+
+def test_any_sampler_of_optuna_will_do(small: Context, tmp_path: Path) -> None:
+    sampler = optuna.samplers.RandomSampler(seed=3)
+    study = open_study(small, tmp_path, sampler=sampler)
+    assert study.run(Fake(small), []) == "trials" and study.study.sampler is sampler
+
+
+def test_an_unknown_sampler_is_an_error(small: Context, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="--sampler 'tpa': did you mean 'tpe'"):
+        open_study(small, tmp_path, sampler="tpa")
+
+
+def test_an_exhausted_space_ends_the_search(eight: Context, tmp_path: Path) -> None:
+    study = open_study(eight, tmp_path, trials=50)
+    assert study.run(Fake(eight), []) == "exhausted"
+    assert len(study.results) == 8 and len(set(keys(study.results))) == 8
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_no_candidate_runs_twice(small: Context, tmp_path: Path, slots: int) -> None:
+    started: list[str] = []
+    executor = Fake(small, slots)
+    submit = executor.submit
+
+    def spy(candidate: Candidate, trial: int, seed: int) -> None:
+        started.append(candidate.key)
+        submit(candidate, trial, seed)
+
+    executor.submit = spy  # type: ignore[method-assign]
+    study = open_study(small, tmp_path, trials=50)
+    assert study.run(executor, []) == "trials"
+    assert len(started) == len(set(started)) == 50
+    assert executor.most == slots
+
+
+def test_a_space_of_one_candidate_is_one_trial(small: Context, tmp_path: Path) -> None:
+    fixed = replace(small, choices={n: c[-1:] for n, c in small.choices.items()})
+    study = open_study(fixed, tmp_path)
+    assert study.run(Fake(fixed), []) == "exhausted"
+    assert [r.candidate for r in study.results] == [uniform(32)]
+
+
+def test_the_same_seed_asks_for_the_same_candidates(small: Context, tmp_path: Path) -> None:
+    found = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        (tmp_path / name).mkdir()
+        study = open_study(small, tmp_path / name, seed=seed, trials=30)
+        study.run(Fake(small), [])
+        found.append(keys(study.results))
+    assert found[0] == found[1] != found[2]
+
+
+def test_a_trial_is_on_disk_before_anyone_hears_of_it(small: Context, tmp_path: Path) -> None:
+    class Reader(Callback):
+        def __init__(self) -> None:
+            self.seen: list[int] = []
+
+        def trial(self, result: TrialResult) -> None:
+            lines = (tmp_path / "trials.jsonl").read_text().splitlines()
+            assert json.loads(lines[-1])["trial"] == result.trial
+            self.seen.append(result.trial)
+
+    reader = Reader()
+    study = open_study(small, tmp_path)
+    study.run(Fake(small, slots=2), [reader])
+    assert reader.seen == [r.trial for r in study.results] and len(reader.seen) == 12
+
+
+def test_failed_trials_are_recorded_and_the_search_goes_on(small: Context, tmp_path: Path) -> None:
+    def fail(result: TrialResult) -> TrialResult | None:
+        if result.candidate == uniform(4):
+            return replace(result, status="failed", score=None, predicted=None, error="broken")
+        return None
+
+    study = open_study(small, tmp_path)
+    assert study.run(Fake(small, before=fail), []) == "trials"
+    failed = [r for r in read_trials(tmp_path / "trials.jsonl") if r.status == "failed"]
+    assert [(r.candidate, r.error) for r in failed] == [(uniform(4), "broken")]
+    assert len(study.results) == 12
+    state = study.study.trials[failed[0].trial].state
+    assert state == optuna.trial.TrialState.FAIL
+
+
+def test_a_broken_limit_is_a_constraint_for_optuna(small: Context, tmp_path: Path) -> None:
+    largest = small.cost.predict(uniform(8)).size_bytes
+    limited = replace(small, limits=Limits(size_bytes=largest))
+
+    def check(result: TrialResult) -> TrialResult | None:
+        if result.predicted is not None and result.predicted.size_bytes > largest:
+            return replace(result, status="infeasible", score=None)
+        return None
+
+    study = open_study(limited, tmp_path, trials=20)
+    assert study.run(Fake(limited, before=check), []) == "trials"
+    infeasible = [r for r in study.results if r.status == "infeasible"]
+    assert infeasible
+    told = study.study.trials
+    for result in study.results:
+        assert result.predicted is not None
+        (value,) = told[result.trial].constraints.values()
+        assert (value > 0) == (result.status == "infeasible")
+        assert value == pytest.approx(result.predicted.size_bytes / largest - 1)
+    assert limited.evaluator.reference is not None
+    for result in infeasible:  # not evaluated: float's accuracy is the bound
+        assert told[result.trial].values[0] == limited.evaluator.reference.value
+        assert told[result.trial].user_attrs["accuracy_is_bound"]
+
+
+# --- the end of time --------------------------------------------------------------------------
+
+
+def test_a_timeout_lets_what_runs_finish(
+    small: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(1000))
+    monkeypatch.setattr(studies, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    study = open_study(small, tmp_path, trials=50, timeout=5.0)
+    assert study.run(Fake(small, slots=2), []) == "timeout"
+    assert 2 <= len(study.results) <= 6
+    assert not study.study.get_trials(states=(optuna.trial.TrialState.RUNNING,))
+
+
+def test_ctrl_c_ends_cleanly_and_can_be_resumed(small: Context, tmp_path: Path) -> None:
+    def interrupt(result: TrialResult) -> None:
+        if result.trial == 5:
+            raise KeyboardInterrupt
+
+    study = open_study(small, tmp_path)
+    assert study.run(Fake(small, slots=2, before=interrupt), []) == "interrupted"
+    done = len(study.results)
+    assert 0 < done < 12
+    assert not study.study.get_trials(states=(optuna.trial.TrialState.RUNNING,))
+    again = open_study(small, tmp_path, resume=True)
+    assert len(again.results) == done
+    assert again.run(Fake(small), []) == "trials"
+    assert len(set(keys(again.results))) == len(again.results) == 12
+
+
+def test_trials_are_a_total(small: Context, tmp_path: Path) -> None:
+    open_study(small, tmp_path, trials=6).run(Fake(small), [])
+    for total, more in ((10, 4), (10, 0), (7, 0)):
+        study = open_study(small, tmp_path, resume=True, trials=total)
+        before = len(study.results)
+        assert study.run(Fake(small), []) == "trials"
+        assert len(study.results) - before == more
+    lines = (tmp_path / "trials.jsonl").read_text().splitlines()
+    assert len(lines) == len({json.loads(line)["key"] for line in lines}) == 10
+
+
+# --- after a crash ----------------------------------------------------------------------------
+
+
+def crash(context: Context, folder: Path, at: int) -> tuple[Path, TrialResult]:
+    """A copy of the run folder as it is while trial number ``at`` runs, and that trial."""
+    run, copy = folder / "run", folder / "copy"
+    run.mkdir()
+    lost = []
+
+    def snapshot(result: TrialResult) -> None:
+        if result.trial == at:
+            shutil.copytree(run, copy)
+            lost.append(result)
+
+    open_study(context, run).run(Fake(context, before=snapshot), [])
+    return copy, lost[0]
+
+
+@pytest.mark.parametrize("tail", ["nothing", "half a line", "a line", "a line without its end"])
+def test_after_a_crash_at_most_the_running_trial_is_repeated(
+    small: Context, tmp_path: Path, tail: str
+) -> None:
+    folder, lost = crash(small, tmp_path, 7)
+    path = folder / "trials.jsonl"
+    before = read_trials(path)
+    line = json.dumps(lost.to_dict())
+    tails = {"nothing": "", "half a line": line[: len(line) // 2], "a line": line + "\n"}
+    with path.open("a") as file:
+        file.write(tails.get(tail, line))
+    study = open_study(small, folder, resume=True)
+    kept = tail.startswith("a line")
+    assert keys(study.results) == keys([*before, lost] if kept else before)
+    assert study.run(Fake(small), []) == "trials"
+    assert len(set(keys(study.results))) == len(study.results) == 12
+    assert len({r.trial for r in study.results}) == 12
+    assert keys(read_trials(path)) == keys(study.results)
+    repeated = study.results[len(before)]
+    assert repeated.candidate.key == lost.candidate.key  # asked for again, and first
+    assert (repeated.trial == lost.trial) == kept
+    states = {t.number: t.state.name for t in study.study.trials}
+    assert states[lost.trial] == ("COMPLETE" if kept else "FAIL")
+    assert "RUNNING" not in states.values()
+
+
+def test_a_crash_while_several_trials_run_loses_none(small: Context, tmp_path: Path) -> None:
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    run.mkdir()
+
+    def snapshot(result: TrialResult) -> None:
+        if result.trial == 6 and not copy.exists():
+            shutil.copytree(run, copy)
+
+    open_study(small, run).run(Fake(small, slots=3, before=snapshot), [])
+    before = read_trials(copy / "trials.jsonl")
+    study = open_study(small, copy, resume=True)
+    assert study.run(Fake(small, slots=3), []) == "trials"
+    assert keys(study.results)[: len(before)] == keys(before)
+    assert len(set(keys(study.results))) == len(study.results) == 12
+
+
+def test_a_damaged_line_in_the_middle_is_an_error(small: Context, tmp_path: Path) -> None:
+    open_study(small, tmp_path, trials=3).run(Fake(small), [])
+    path = tmp_path / "trials.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    for damaged in ("{}\n", "nonsense\n", "[1]\n", "3\n"):
+        path.write_text(lines[0] + damaged + lines[2])
+        with pytest.raises(RunError, match=r"trials\.jsonl:2: not a trial"):
+            read_trials(path)
+
+
+def test_reading_does_not_change_what_is_whole(small: Context, tmp_path: Path) -> None:
+    open_study(small, tmp_path, trials=3).run(Fake(small), [])
+    path = tmp_path / "trials.jsonl"
+    text = path.read_bytes()
+    assert len(read_trials(path)) == 3 and path.read_bytes() == text
+    assert read_trials(tmp_path / "missing.jsonl") == []
+
+
+def test_a_storage_without_the_trials_is_refused(small: Context, tmp_path: Path) -> None:
+    open_study(small, tmp_path, trials=6).run(Fake(small), [])
+    (tmp_path / "study.journal").unlink()
+    with pytest.raises(RunError, match="storage"):
+        open_study(small, tmp_path, resume=True)
+
+
+# --- a full disk ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_a_full_disk_ends_with_one_line_and_can_be_resumed(
+    small: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slots: int
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fill(result: TrialResult) -> None:
+        if result.trial == 5:
+            monkeypatch.setattr(os, "fsync", full)
+
+    study = open_study(small, tmp_path)
+    with pytest.raises(RunError, match="No space left on device") as caught:
+        study.run(Fake(small, slots, before=fill), [])
+    assert "\n" not in str(caught.value)
+    monkeypatch.undo()
+    done = len(read_trials(tmp_path / "trials.jsonl"))
+    assert done >= 4
+    again = open_study(small, tmp_path, resume=True)
+    assert len(again.results) == done
+    assert again.run(Fake(small, slots), []) == "trials"
+    assert len(set(keys(again.results))) == len(again.results) == 12
+
+
+def test_a_full_disk_between_trials_ends_with_one_line(
+    small: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = open_study(small, tmp_path)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(study.study, "ask", full)
+    with pytest.raises(RunError, match="No space left on device"):
+        study.run(Fake(small), [])
+
+
+# --- storage ----------------------------------------------------------------------------------
+
+
+def test_sqlite_keeps_a_study_and_resumes_it(small: Context, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    study = open_study(small, tmp_path, storage=url, trials=6)
+    assert study.run(Fake(small), []) == "trials"
+    again = open_study(small, tmp_path, resume=True, storage=url, trials=9)
+    assert again.run(Fake(small), []) == "trials"
+    assert len(set(keys(again.results))) == 9
+    assert not (tmp_path / "study.journal").exists()
+    stored = optuna.load_study(study_name="one", storage=url)
+    complete = stored.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
+    assert len(complete) == 9
+
+
+def test_a_name_that_the_storage_has_is_an_error(small: Context, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    open_study(small, tmp_path, storage=url, trials=2).run(Fake(small), [])
+    (tmp_path / "new").mkdir()
+    with pytest.raises(RunError, match="'one'") as caught:
+        open_study(small, tmp_path / "new", storage=url)
+    assert "--storage" in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["nonsense", "sqlite:////no/such/folder/x.db", "redis://"])
+def test_a_storage_that_cannot_be_opened_is_one_line(
+    small: Context, tmp_path: Path, url: str
+) -> None:
+    with pytest.raises(RunError, match="--storage") as caught:
+        open_study(small, tmp_path, storage=url)
+    assert "\n" not in str(caught.value)
