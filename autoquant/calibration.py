@@ -186,8 +186,8 @@ def calibrate(
         rows_in_all = sum(b[0].shape[0] for b in split.batches)
         for layer in graph.layers:
             if layer.kind != "Gather":
-                made = _MomentSum(layer, graph, rows_in_all)
-                sums[layer.name] = shared.setdefault(made.key, made)
+                columns = Columns(layer, graph, rows_in_all)
+                sums[layer.name] = shared.setdefault(columns.key, _MomentSum(columns))
     outputs: list[list[Array]] = []
     per_sample = 4 * sum(graph.tensors[n].elements for n in tensors)
     rows = max(1, min(256, _BATCH_BYTES // max(1, per_sample)))
@@ -209,7 +209,7 @@ def calibrate(
                     f"tensor {name!r} is NaN or infinite on the {split.name} data"
                 ) from None
         for total in {id(s): s for s in sums.values()}.values():
-            total.add(found[total.layer.input])
+            total.add(found[total.columns.layer.input])
         outputs.append([found[name] for name in graph.outputs])
     by_output = tuple(zip(*outputs, strict=True))
     return Calibration(
@@ -260,11 +260,12 @@ def _open(graph: Graph, tensors: Sequence[str], threads: int) -> OnnxSession:
     return OnnxRuntime().open(probe.SerializeToString(), threads)
 
 
-class _MomentSum:
-    """Running Σ x xᵀ and Σ x of one layer's (unfolded) inputs.
+class Columns:
+    """A layer's input tensor → the vectors that its weights multiply, as a torch tensor.
 
-    ``rows``: samples to come in all. Of many positions an even grid is taken: at least
-    ``_POSITIONS`` and 64 for each input in all.
+    Called with a batch it gives (groups, K, positions), K the ``inputs`` of one output. Of many
+    positions an even grid is taken: over ``rows`` samples at least ``_POSITIONS`` and 64 for
+    each input. Layers of equal ``key`` see the same vectors.
     """
 
     def __init__(self, layer: Layer, graph: Graph, rows: int) -> None:
@@ -273,17 +274,28 @@ class _MomentSum:
         dense = layer.kind in ("Gemm", "MatMul")
         kernel = layer.weight_shape[2:] if not dense else ()
         self.key = f"{layer.input} {layer.group} {kernel} {dense or self.attributes}"
-        inputs = layer.weight_shape[1 - layer.channel_axis] * int(np.prod(kernel))
-        self.share = max(64 * inputs, _POSITIONS) / max(1, rows)  # positions a sample
+        self.inputs = layer.weight_shape[1 - layer.channel_axis] * int(np.prod(kernel))
+        self.share = max(64 * self.inputs, _POSITIONS) / max(1, rows)  # positions a sample
+
+    def __call__(self, values: Array) -> Any:
+        """Vectors of one batch of the input tensor."""
+        import torch
+
+        most = int(np.ceil(self.share * values.shape[0]))
+        return _columns(self.layer, self.attributes, torch.from_numpy(values), most)
+
+
+class _MomentSum:
+    """Running Σ x xᵀ and Σ x of one layer's columns."""
+
+    def __init__(self, columns: Columns) -> None:
+        self.columns = columns
         self.second: Array | float = 0.0
         self.mean: Array | float = 0.0
         self.count = 0
 
     def add(self, values: Array) -> None:
-        import torch
-
-        most = int(np.ceil(self.share * values.shape[0]))
-        columns = _columns(self.layer, self.attributes, torch.from_numpy(values), most)
+        columns = self.columns(values)
         self.second = self.second + (columns @ columns.transpose(1, 2)).double().numpy()
         self.mean = self.mean + columns.sum(2).double().numpy()
         self.count += columns.shape[2]

@@ -47,6 +47,7 @@ HardwareOption = Annotated[
 Batch = Annotated[int, typer.Option("--batch", min=1, metavar="N", help="batch of latencies")]
 Threads = Annotated[int, typer.Option("--threads", min=1, metavar="N", help="threads of latencies")]
 RUNS = Path("runs")
+_INTERRUPTED = 130
 
 
 @app.command()
@@ -99,6 +100,10 @@ def search(
         str | None, typer.Option(metavar="URI", help="MLflow; default DIR/mlflow.db")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue the run of --name")] = False,
+    polish: Annotated[
+        bool | None,
+        typer.Option("--polish/--no-polish", help="refit low-bit members at the end; default on"),
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="a study.yaml to repeat; options win")
     ] = None,
@@ -128,6 +133,7 @@ def search(
         "runs_dir": runs_dir,
         "tracking_uri": tracking_uri,
         "resume": resume or None,
+        "polish": polish,
     }
     given = {key: value for key, value in given.items() if value is not None}
     _check_names(given, config)
@@ -392,16 +398,22 @@ def main(arguments: list[str] | None = None) -> int:
     except AutoquantError as error:
         typer.echo(f"autoquant: {error}", err=True)
         status = error.exit_status
-    except KeyboardInterrupt:
-        typer.echo("autoquant: interrupted", err=True)
-        status = 130
-    except typer.Abort:
-        status = 130
+    except (KeyboardInterrupt, typer.Abort):
+        status = _INTERRUPTED
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        typer.echo(f"autoquant: {where}{error.strerror or error}", err=True)
+        status = 2
     except Exception as error:
         if not hasattr(error, "format_message"):  # not what the parser raises
             raise
-        typer.echo(f"autoquant: {' '.join(error.format_message().split())}", err=True)
+        message = error.format_message()
+        if type(error).__name__ != "NoArgsIsHelpError":
+            message = f"autoquant: {' '.join(message.split())}"
+        typer.echo(message, err=True)
         status = 2
+    if status == _INTERRUPTED:  # the parser turns Ctrl-C into this status too
+        typer.echo("autoquant: interrupted", err=True)
     if arguments is None:
         sys.exit(status)
     return status

@@ -61,7 +61,8 @@ def read(path: Path, model: type[D], error: type[UserError]) -> D:
     try:
         return model.model_validate(content)
     except ValidationError as reason:
-        first, *rest = reason.errors()
+        # An unknown field first: it may be the one that is missing, misspelt.
+        first, *rest = sorted(reason.errors(), key=lambda e: e["type"] != "extra_forbidden")
         rest = [e for e in rest if e["type"] != "too_short"]  # what is wrong is not counted
         location = [part for part in first["loc"] if not str(part).startswith("function-")]
         line = _line(root, location)

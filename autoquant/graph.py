@@ -481,6 +481,20 @@ def _drop_unused(graph: onnx.GraphProto) -> None:
     graph.initializer.extend(initializers)
 
 
+def prefix(model: onnx.ModelProto, tensor: str) -> onnx.ModelProto:
+    """The part of a model that makes ``tensor``, its only output."""
+    part = onnx.ModelProto()
+    part.CopyFrom(model)
+    del part.graph.output[:]
+    part.graph.output.append(onnx.ValueInfoProto(name=tensor))
+    _drop_unused(part.graph)
+    needed = {name for node in part.graph.node for name in node.input}
+    kept = [value for value in part.graph.input if value.name in needed]
+    del part.graph.input[:]
+    part.graph.input.extend(kept)
+    return part
+
+
 def _scope(node: onnx.NodeProto) -> str | None:
     """The torch module path of a node, from the exporter's metadata."""
     import ast

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -34,7 +35,7 @@ class ProgressBar(Callback):
     def stage(self, text: str) -> None:
         """One line a stage."""
         self._stop()
-        self.console.print(f"[dim]autoquant:[/] {text}", highlight=False)
+        self.console.print(f"[dim]autoquant:[/] {escape(text)}", highlight=False, soft_wrap=True)
 
     def start(
         self,
@@ -45,9 +46,10 @@ class ProgressBar(Callback):
         """Open the bar."""
         name = study["name"]
         self.console.print(
-            f"[dim]autoquant:[/] searching {name}: {study['trials']} trials over "
+            f"[dim]autoquant:[/] searching {escape(str(name))}: {study['trials']} trials over "
             f"{len(layers)} layers" + (f", {len(done)} done before" if done else ""),
             highlight=False,
+            soft_wrap=True,
         )
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -69,9 +71,9 @@ class ProgressBar(Callback):
         self._count(result)
         if result.status == "failed":
             self.console.print(
-                f"[yellow]autoquant: trial {result.trial} failed: {result.error}[/]",
+                f"[yellow]autoquant: trial {result.trial} failed: {escape(str(result.error))}[/]",
                 highlight=False,
-                markup=True,
+                soft_wrap=True,
             )
         if self.progress is not None:
             self.progress.update(self.bar, advance=1, description=self._text())

@@ -19,12 +19,12 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
-from record import record  # noqa: E402
+from record import record
 
-from autoquant.candidate import Candidate, LayerChoice  # noqa: E402
-from autoquant.runtime import OnnxRuntime, kernels  # noqa: E402
-from autoquant.search.trial import evaluator_for, float_model, prepare  # noqa: E402
-from autoquant.tasks import load_task  # noqa: E402
+from autoquant.candidate import Candidate, LayerChoice
+from autoquant.runtime import OnnxRuntime, kernels
+from autoquant.search.trial import evaluator_for, float_model, prepare
+from autoquant.tasks import load_task
 
 TASKS = Path(__file__).parent / "tasks"
 NETWORKS = {

@@ -100,32 +100,32 @@ def takes_bias(layer: Layer) -> bool:
     return layer.kind in ("Conv", "Gemm") or (layer.kind == "MatMul" and layer.bias is not None)
 
 
-def _correct(weight: Array, values: Array, scale: Array, moments: Moments) -> tuple[Array, Array]:
-    """Scales with a gain, and the shift of the bias: each output keeps its spread and mean.
-
-    ``gain² = W H Wᵀ / W_q H W_qᵀ`` a channel, within [0.5, 2] (a whole tensor: none);
-    ``shift = (W − W_q)·E[x]`` (Nagel et al. 2019, section 4.2).
-    """
+def output_spread(weight: Array, moments: Moments) -> tuple[Array, Array]:
+    """Variance ``W H Wᵀ`` and mean ``W E[x]`` of every output of a (channels, K) weight."""
     groups, inputs = moments.mean.shape
-    second = moments.centred()
+    rows = weight.reshape(groups, -1, inputs)
+    variance = np.einsum("grk,grk->gr", rows @ moments.centred(), rows)
+    mean = np.einsum("grk,gk->gr", rows, moments.mean)
+    return variance.reshape(-1), mean.reshape(-1)
 
-    def grouped(matrix: Array) -> Array:
-        return matrix.reshape(groups, -1, inputs)
 
-    def spread(matrix: Array) -> Array:
-        found = grouped(matrix)
-        total: Array = np.einsum("grk,grk->gr", found @ second, found)
-        return total.reshape(-1)
+def take_spread_and_mean(
+    values: Array, scale: Array, moments: Moments, variance: Array, mean: Array
+) -> tuple[Array, Array]:
+    """Scales with a gain, and the bias shift: each output gets this variance and mean.
 
+    The gain is within [0.5, 2] a channel; one scale a tensor has none. The mean is what Nagel
+    et al. 2019 (section 4.2) correct. ``values``: (channels, K) integers.
+    """
     rounded = values * scale.reshape(-1, 1).astype(np.float64)
-    if len(scale) == len(weight):
-        after = spread(rounded)
-        ratio = np.where(after > 1e-30, spread(weight) / np.maximum(after, 1e-30), 1.0)
+    if len(scale) == len(values):
+        after, _ = output_spread(rounded, moments)
+        ratio = np.where(after > 1e-30, variance / np.maximum(after, 1e-30), 1.0)
         gain = np.clip(np.sqrt(np.maximum(ratio, 0.0)), 0.5, 2.0)
         scale = (scale * gain).astype(np.float32)
         rounded = values * scale[:, None].astype(np.float64)
-    shift = np.einsum("grk,gk->gr", grouped(weight - rounded), moments.mean)
-    return scale, shift.reshape(-1).astype(np.float32)
+    shift = mean - output_spread(rounded, moments)[1]
+    return scale, shift.astype(np.float32)
 
 
 def _weighted_error(weight: Array, rounded: Array, moments: Moments | None) -> float:
@@ -156,10 +156,13 @@ class Bank:
         self.calibration = calibration
         self._shared = Counter(layer.weight for layer in graph.layers)
         self._store: dict[tuple[str, int, int, str], QuantizedWeight] = {}
+        self.overrides: dict[str, QuantizedWeight] = {}  # by layer, for one candidate
         self._lock = threading.Lock()
 
     def get(self, layer: Layer, choice: LayerChoice) -> QuantizedWeight:
         """The layer's integers at ``choice.weight_bits`` (2…8, or 16 with ``int16``)."""
+        if layer.name in self.overrides:
+            return self.overrides[layer.name]
         key = _key(layer, choice)
         found = self._store.get(key)
         if found is None:
@@ -183,12 +186,23 @@ class Bank:
                     entry.planes  # noqa: B018  packs now rather than in the first trial
         return len(self._store), sum(e.values.nbytes for e in self._store.values())
 
+    def is_shared(self, layer: Layer) -> bool:
+        """Whether several layers have this layer's weight."""
+        return self._shared[layer.weight] > 1
+
+    def overlay(self) -> Bank:
+        """A bank over the same entries whose ``overrides`` are its own."""
+        bank = Bank.__new__(Bank)
+        bank.__dict__.update(self.__dict__)
+        bank.overrides = {}
+        return bank
+
     def _quantize(self, layer: Layer, choice: LayerChoice) -> QuantizedWeight:
         weight = self.graph.array(layer.weight)
         rows = np.moveaxis(weight, layer.channel_axis, 0)
         matrix = np.ascontiguousarray(rows.reshape(rows.shape[0], -1))
         moments = self.calibration.moments.get(layer.name) if self.calibration else None
-        if layer.kind == "ConvTranspose" or self._shared[layer.weight] > 1:
+        if layer.kind == "ConvTranspose" or self.is_shared(layer):
             moments = None  # one weight, several inputs
         if moments is not None and not takes_bias(layer):
             moments = Moments(moments.second, np.zeros_like(moments.mean), moments.samples)
@@ -196,8 +210,9 @@ class Bank:
         values, scale = rounding(matrix, choice.weight_bits, choice.granularity, moments)
         shift = None
         if moments is not None and rounding.needs_moments and choice.weight_bits <= 8:
-            scale, shift = _correct(matrix, values, scale, moments)
-            shift = shift if takes_bias(layer) else None
+            kept = output_spread(matrix, moments)
+            scale, found = take_spread_and_mean(values, scale, moments, *kept)
+            shift = found if takes_bias(layer) else None
         rounded = values * scale.reshape(-1, 1).astype(np.float64)
         kind = np.int8 if choice.weight_bits <= 8 else np.int16
         values = np.moveaxis(values.reshape(rows.shape), 0, layer.channel_axis).astype(kind)

@@ -19,6 +19,7 @@ import yaml
 from autoquant import document
 from autoquant.calibration import fixed_batch
 from autoquant.candidate import Candidate
+from autoquant.compress import Artifact
 from autoquant.cost.table import to_profile
 from autoquant.errors import HardwareError, NoFeasibleMember, RunError
 from autoquant.evaluate import Evaluator
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Callback", "SearchSettings", "search"]
 
+POLISHED = 6  # trials of a search, at most a tenth, that polish members of the front
 OBJECTIVES = ("accuracy", "latency_ms", "size_bytes")
 _SAME_ON_RESUME = ("task", "space", "hardware", "objectives", "batch", "threads", "seed")
 
@@ -65,7 +67,8 @@ class SearchSettings:
     ``batch`` and ``threads`` are those of latencies. ``workers`` above 1, or a
     ``ray_address``, runs trials as Ray tasks. ``evaluation_threads``: batches that one trial
     evaluates at a time, 0 for one a core (one with Ray); scores do not depend on it.
-    ``storage``: an Optuna URL, None for a journal file in the run folder.
+    ``storage``: an Optuna URL, None for a journal file in the run folder. ``polish``: up to a
+    tenth of the trials refit low-bit members of the front, each a trial of its own.
     """
 
     space: str | Path | Space = "mixed"
@@ -87,6 +90,7 @@ class SearchSettings:
     name: str | None = None
     runs_dir: str | Path = "runs"
     resume: bool = False
+    polish: bool = True
 
     def __post_init__(self) -> None:
         for name in ("trials", "batch", "threads", "workers"):
@@ -126,6 +130,7 @@ class SearchSettings:
             "storage": self.storage,
             "sampler": self.sampler if isinstance(self.sampler, str) else repr(self.sampler),
             "seed": self.seed,
+            "polish": self.polish,
             "name": self.name,
         }
 
@@ -190,7 +195,7 @@ def search(
     layers = [layer.to_dict() for layer in context.graph.layers]
     for callback in callbacks:
         callback.start(run.content, layers, tuple(study.results))
-    _run(study, context, settings, callbacks)
+    _trials(study, context, settings, objectives, callbacks, say)
     front = _front(task, settings, context, study.results, objectives, run, say)
     front = replace(front, seconds=run.seconds + time.perf_counter() - started)
     write_json(run.folder / "front.json", front.to_dict())
@@ -230,14 +235,66 @@ def _first(
     return list(dict.fromkeys(found))
 
 
-def _run(
-    study: Study, context: Context, settings: SearchSettings, callbacks: Sequence[Callback]
+def _trials(
+    study: Study,
+    context: Context,
+    settings: SearchSettings,
+    objectives: Sequence[str],
+    callbacks: Sequence[Callback],
+    say: Callable[[str], None],
 ) -> None:
-    if len(study.results) >= settings.trials:
+    """The sampler's trials, then polished members of the front; ``trials`` is the sum."""
+    reserve = min(POLISHED, settings.trials // 10) if settings.polish else 0
+    reason = _run(study, context, settings, callbacks, settings.trials - reserve)
+    if reserve == 0 or reason in ("timeout", "interrupted"):
         return
+    chosen = _worth_polishing(study, context, objectives, settings.trials - len(study.results))
+    try:
+        for i, member in enumerate(chosen):
+            say(f"polishing trial {member.trial} ({i + 1} of {len(chosen)})")
+            result = study.polish(member.candidate)
+            for callback in callbacks:
+                callback.trial(result)
+    except KeyboardInterrupt:
+        return
+    _run(study, context, settings, callbacks, settings.trials)
+
+
+def _worth_polishing(
+    study: Study, context: Context, objectives: Sequence[str], most: int
+) -> list[Member]:
+    """Members with low bits that are above the reference point, spread over the sizes."""
+    reference = context.evaluator.reference
+    assert reference is not None
+    floor = reference_point(context.baseline, reference.value, ("accuracy",))["accuracy"]
+    seen = {r.candidate.key for r in study.results}
+    found = [
+        m
+        for m in members_of(study.results, objectives)
+        if m.searched.value > floor
+        and m.predicted.average_weight_bits <= 6
+        and not m.candidate.polish
+        and replace(m.candidate, polish=True).key not in seen
+    ]
+    found.sort(key=lambda m: m.predicted.size_bytes)
+    if len(found) <= most:
+        return found
+    return [found[round(i)] for i in np.linspace(0, len(found) - 1, max(most, 0))]
+
+
+def _run(
+    study: Study,
+    context: Context,
+    settings: SearchSettings,
+    callbacks: Sequence[Callback],
+    total: int,
+) -> str:
+    """Trials up to a total; returns why it ended, and says so."""
+    if len(study.results) >= total:
+        return "trials"
     executor = executors.make(context, settings.workers, settings.ray_address)
     try:
-        reason = study.run(executor, callbacks)
+        reason = study.run(executor, callbacks, total)
     finally:
         executor.close()
     said = {
@@ -248,6 +305,7 @@ def _run(
     if reason in said:
         for callback in callbacks:
             callback.stage(said[reason])
+    return reason
 
 
 def _why_none(name: str, results: Sequence[TrialResult]) -> str:
@@ -326,13 +384,14 @@ def _verify(
     sessions = {"float": runtime.open(float_model(context.graph), settings.threads)}
     scores = {}
     for member in members:
-        artifact = context.compress(member.candidate)
+        path = folder / "artifacts" / f"{member.trial}.onnx"
+        artifact = _kept(path, member) or context.compress(member.candidate)
         if artifact.sha256 != hashes[member.trial]:
             raise RunError(
                 f"trial {member.trial}: the rebuilt file differs from the one that was scored; "
                 "the network, the data or a library changed since: start a new run"
             )
-        artifact.save(folder / "artifacts" / f"{member.trial}.onnx")
+        artifact.save(path)
         sessions[str(member.trial)] = runtime.open(artifact.model, settings.threads)
         found = member.searched
         if test is not None:
@@ -350,6 +409,13 @@ def _verify(
         )
         for member in members
     ]
+
+
+def _kept(path: Path, member: Member) -> Artifact | None:
+    """A polished member's file: making it again would take its time."""
+    if member.candidate.polish and path.is_file():
+        return Artifact(member.candidate, path.read_bytes())
+    return None
 
 
 def _test_evaluator(task: Task, context: Context) -> Evaluator | None:
@@ -438,17 +504,19 @@ def _open_run(task: Task, settings: SearchSettings, source: Mapping[str, Any]) -
                     f"--resume: {key} differs from {path}; "
                     "give the same one, or choose another --name"
                 )
-        finished = (folder / "front.json").is_file()
-        seconds = Front.read(folder).seconds if finished else 0.0
+        try:
+            seconds = Front.read(folder).seconds
+        except RunError:  # none yet, or damaged: it is written anew
+            seconds = 0.0
         return _Run(name, folder, content, fresh=False, seconds=seconds)
     try:
         base.mkdir(parents=True, exist_ok=True)
         folder.mkdir()
-    except FileExistsError:
-        raise RunError(
-            f"run {name!r} exists in {base}: add --resume to continue it, or another --name"
-        ) from None
     except OSError as error:
+        if folder.exists():
+            raise RunError(
+                f"run {name!r} exists in {base}: add --resume to continue it, or another --name"
+            ) from None
         raise RunError(f"{folder}: cannot be made: {error.strerror}") from None
     return _Run(name, folder, content, fresh=True)
 

@@ -99,7 +99,7 @@ class RayExecutor:
                 reason = " ".join(str(error).split())[:200]
                 raise RunError(f"{what}: {reason}") from None
         _ship_task_files()
-        alone = replace(context, evaluator=_single_worker(context))
+        alone = replace(context, evaluator=_single_worker(context), inputs=())
         self.context = ray.put(alone)
         self.remote = ray.remote(num_cpus=1, max_retries=0)(_remote_trial)
         self.running: dict[Any, _Running] = {}

@@ -9,7 +9,7 @@ import random
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from autoquant.errors import CandidateError, RunError, nearest
 from autoquant.front import Front, members_of
 from autoquant.result import TrialResult
 from autoquant.search.executor import Executor
-from autoquant.search.trial import Context
+from autoquant.search.trial import Context, run_trial
 
 if TYPE_CHECKING:
     import optuna
@@ -159,8 +159,12 @@ class Study:
             if result is None and set(trial.params) == set(self.free):
                 self.study.enqueue_trial(dict(trial.params))
 
-    def run(self, executor: Executor, callbacks: Sequence[Callback]) -> str:
-        """Ask, run and tell until trials, time or candidates are used up, or Ctrl-C.
+    def run(
+        self, executor: Executor, callbacks: Sequence[Callback], total: int | None = None
+    ) -> str:
+        """Ask, run and tell until ``total`` trials (default: the settings'), time or candidates
+        are used up,
+        or Ctrl-C.
 
         Returns why it ended: ``trials``, ``timeout``, ``exhausted`` or ``interrupted``.
         """
@@ -168,6 +172,7 @@ class Study:
         from optuna.trial import TrialState
 
         settings = self.settings
+        total = settings.trials if total is None else total
         end = None if settings.timeout is None else time.monotonic() + settings.timeout
         running: dict[int, optuna.trial.Trial] = {}
         reason = "trials"
@@ -175,7 +180,7 @@ class Study:
         try:
             while True:
                 while len(running) < executor.slots and reason == "trials":
-                    if len(self.results) + len(running) >= settings.trials:
+                    if len(self.results) + len(running) >= total:
                         break
                     if end is not None and time.monotonic() >= end:
                         reason = "timeout"
@@ -253,6 +258,30 @@ class Study:
                 return candidate
         return None
 
+    def polish(self, candidate: Candidate) -> TrialResult:
+        """Run the polished form of a candidate as a trial of its own, here, and keep its file."""
+        import optuna
+
+        number = len(self.study.get_trials(deepcopy=False))
+        found = replace(candidate, polish=True)
+        path = self.settings.folder / "artifacts" / f"{number}.onnx"
+        result = run_trial(self.context, found, number, self.settings.seed, save=path)
+        self._write(result)
+        self.seen[result.candidate.key] = number
+        done = result.status != "failed"
+        space = {
+            n: optuna.distributions.IntDistribution(0, len(c) - 1) for n, c in self.free.items()
+        }
+        self.study.add_trial(
+            optuna.trial.create_trial(
+                params=self._params(candidate),
+                distributions=dict(space),
+                values=self._values(result) if done else None,
+                state=optuna.trial.TrialState.COMPLETE if done else optuna.trial.TrialState.FAIL,
+            )
+        )
+        return result
+
     def _values(self, result: TrialResult) -> list[float]:
         """Objective values; float's metric bounds what was too costly to be evaluated."""
         reference = self.context.evaluator.reference
@@ -263,10 +292,8 @@ class Study:
             for n in self.settings.objectives
         ]
 
-    def _record(self, trial: optuna.trial.Trial, result: TrialResult) -> None:
-        """First the line, synced, then Optuna."""
-        from optuna.trial import TrialState
-
+    def _write(self, result: TrialResult) -> None:
+        """Add a finished trial's line to trials.jsonl, synced to disk."""
         line = json.dumps(result.to_dict(), separators=(",", ":"), allow_nan=True) + "\n"
         try:
             with self.path.open("a", encoding="utf-8") as file:
@@ -276,6 +303,12 @@ class Study:
         except OSError as error:
             raise RunError(_cannot_write(self.path, error)) from None
         self.results.append(result)
+
+    def _record(self, trial: optuna.trial.Trial, result: TrialResult) -> None:
+        """First the line, synced, then Optuna."""
+        from optuna.trial import TrialState
+
+        self._write(result)
         if result.status == "failed" or result.predicted is None:
             self.study.tell(trial, state=TrialState.FAIL)
             return

@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from autoquant.candidate import Candidate, LayerChoice
 from autoquant.compress import Artifact, compress
 from autoquant.compress.bank import Bank
 from autoquant.compress.lower import lower
+from autoquant.compress.polish import polish
 from autoquant.compress.qdq import mode, resolve
 from autoquant.compress.rounding import ROUNDINGS
 from autoquant.cost import CostModel
@@ -62,6 +64,7 @@ class Context:
 
     ``sample``: up to eight calibration inputs. ``probe``: calibration inputs to compare
     outputs on; images are mixed in pairs, since networks know their training images.
+    ``inputs``: the calibration batches, which polishing runs.
     """
 
     graph: Graph
@@ -75,10 +78,15 @@ class Context:
     baseline: Cost
     sample: tuple[Array, ...]
     probe: tuple[Array, ...]
+    inputs: tuple[tuple[Array, ...], ...]
 
     def compress(self, candidate: Candidate) -> Artifact:
-        """The candidate's artifact, in this context's dialect."""
-        return compress(self.graph, candidate, self.calibration, self.bank, self.hardware.dialect)
+        """The candidate's artifact, in this context's dialect; polished if it says so."""
+        bank, dialect = self.bank, self.hardware.dialect
+        if candidate.polish:
+            found = resolve(self.graph, candidate)
+            bank = polish(self.graph, found, self.calibration, bank, self.inputs, dialect)
+        return compress(self.graph, candidate, self.calibration, bank, dialect)
 
     def additive_cost(self, name: str) -> dict[str, tuple[float, ...]]:
         """What each choice of each layer adds to a cost, taken alone: its weights' bytes, or
@@ -168,6 +176,7 @@ def prepare(
         baseline=baseline,
         sample=tuple(array[:8] for array in calibration_split.batches[0]),
         probe=_probe(calibration_split, graph),
+        inputs=calibration_split.batches,
     )
 
 
@@ -255,8 +264,11 @@ def _device_model(
     )
 
 
-def run_trial(context: Context, candidate: Candidate, trial: int, seed: int = 0) -> TrialResult:
-    """Compress, score and cost one candidate. An error becomes a failed result."""
+def run_trial(
+    context: Context, candidate: Candidate, trial: int, seed: int = 0, save: Path | None = None
+) -> TrialResult:
+    """Compress, score and cost one candidate; ``save`` keeps the file. An error becomes a
+    failed result."""
     seconds: dict[str, float] = {}
     result = TrialResult(trial, candidate, "failed", seconds=seconds, seed=seed)
 
@@ -270,6 +282,8 @@ def run_trial(context: Context, candidate: Candidate, trial: int, seed: int = 0)
         artifact = context.compress(candidate)
         predicted = context.cost.predict(artifact.candidate)
         result = replace(result, candidate=artifact.candidate, predicted=predicted)
+        if save is not None:
+            artifact.save(save)
         clock = timed("compress", clock)
         if max(context.limits.excess(predicted, None).values(), default=0.0) > 0:
             return replace(result, status="infeasible", sha256=artifact.sha256)
