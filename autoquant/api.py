@@ -51,8 +51,8 @@ class _Report(Callback):
 class _Tracking(Callback):
     """Logs to MLflow; the note and the page come from the report."""
 
-    def __init__(self, tracker: MlflowTracker, page: _Report, resume: bool) -> None:
-        self.tracker, self.page, self.resume = tracker, page, resume
+    def __init__(self, tracker: MlflowTracker, page: _Report, task: str, resume: bool) -> None:
+        self.tracker, self.page, self.task, self.resume = tracker, page, task, resume
 
     def start(
         self,
@@ -60,7 +60,7 @@ class _Tracking(Callback):
         layers: Sequence[Mapping[str, Any]],
         done: Sequence[TrialResult],
     ) -> None:
-        self.tracker.start(study, resume=self.resume)
+        self.tracker.start({**study, "task": self.task}, resume=self.resume)
         for result in done:
             self.tracker.trial(result.to_dict())
 
@@ -100,7 +100,7 @@ def search(
     heard += [page, *callbacks]
     tracker = MlflowTracker(tracking_uri, Path(options.runs_dir)) if tracking else None
     if tracker is not None:
-        heard.append(_Tracking(tracker, page, options.resume))
+        heard.append(_Tracking(tracker, page, found.name, options.resume))
     try:
         return run_search(found, options, source=source, callbacks=heard)
     except BaseException as error:

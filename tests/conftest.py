@@ -15,8 +15,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from autoquant.calibration import Calibration, calibrate
 from autoquant.candidate import Candidate, LayerChoice
-from autoquant.compress.qdq import assemble, resolve
 from autoquant.compress.bank import Bank
+from autoquant.compress.qdq import assemble, resolve
 from autoquant.graph import Graph
 from autoquant.runtime import OnnxRuntime
 from autoquant.task import Array, Split

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +85,7 @@ def task(folder: Path, **changes: Any) -> Task:
     return Task(**{**fields, **changes})
 
 
-TASK_FILE = '''
+TASK_FILE = """
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +104,7 @@ def task():
         validation=[(data["x2"], data["y2"])],
         test=[(data["x3"], data["y3"])],
     )
-'''
+"""
 
 
 def write_task_file(folder: Path, more: str = "") -> str:
@@ -164,7 +163,9 @@ def settings(folder: Path, **changes: Any) -> SearchSettings:
     return SearchSettings(**{**fields, **changes})
 
 
-def context(folder: Path, space: Space = SPACE, limits: Limits | None = None, **changes: Any) -> Context:
+def context(
+    folder: Path, space: Space = SPACE, limits: Limits | None = None, **changes: Any
+) -> Context:
     """What the trials of a search of this task need."""
     return prepare(task(folder, **changes), space=space, hardware=profile(), limits=limits)
 

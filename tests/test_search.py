@@ -15,7 +15,8 @@ import numpy as np
 import optuna
 import pytest
 import yaml
-from small_task import LAYERS, SPACE, TWO, batches, profile, settings, task, uniform
+from conftest import run as execute
+from small_task import LAYERS, SPACE, TWO, batches, model, profile, settings, task, uniform
 
 from autoquant.candidate import Candidate
 from autoquant.errors import (
@@ -259,6 +260,48 @@ def test_callbacks_hear_of_everything_in_order(tmp_path: Path) -> None:
     recorder.heard.clear()
     search(task(tmp_path), settings(tmp_path, trials=3, resume=True), callbacks=[recorder])
     assert recorder.heard[1] == "start 2" and sum("trial" in x for x in recorder.heard) == 1
+
+
+# --- polishing --------------------------------------------------------------------------------
+
+
+def test_low_bit_members_are_polished_as_trials_of_their_own(tmp_path: Path) -> None:
+    def closeness(outputs: Array, targets: Array) -> float:
+        return -float(((outputs - targets) ** 2).mean())
+
+    def logits(seed: int) -> list[tuple[Array, Array]]:
+        return [(x, execute(model(), x)[0]) for x, _ in batches(seed)]
+
+    found = {"objectives": ("accuracy", "weight_bytes"), "trials": 30}
+    judged = task(tmp_path, validation=logits(2), test=logits(3), metric=closeness)
+    front = search(judged, settings(tmp_path, **found))
+    by_key = {t["key"]: t for t in lines(tmp_path)}
+    assert len(by_key) == 30
+    polished = [t for t in by_key.values() if t["candidate"]["polish"]]
+    assert 1 <= len(polished) <= 3  # a tenth
+    for trial in polished:
+        plain = by_key[Candidate.from_dict({**trial["candidate"], "polish": False}).key]
+        assert trial["status"] == "complete" and trial["sha256"] != plain["sha256"]
+        assert trial["trial"] > plain["trial"]
+        assert trial["predicted"]["weight_bytes"] == plain["predicted"]["weight_bytes"]
+    kept = [m for m in front.members if m.candidate.polish]
+    assert kept
+    for member in kept:
+        path = run(tmp_path) / "artifacts" / f"{member.trial}.onnx"
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == by_key[member.key]["sha256"]
+        path.write_bytes(b"cut off")  # made again where it is not whole
+    again = search(judged, settings(tmp_path, resume=True, **found))
+    assert [m.key for m in again.members] == [m.key for m in front.members]
+    for member in kept:
+        content = (run(tmp_path) / "artifacts" / f"{member.trial}.onnx").read_bytes()
+        assert hashlib.sha256(content).hexdigest() == by_key[member.key]["sha256"]
+
+
+def test_without_polish_no_trial_is_polished(tmp_path: Path) -> None:
+    found = settings(tmp_path, objectives=("accuracy", "weight_bytes"), trials=30, polish=False)
+    search(task(tmp_path), found)
+    assert len(lines(tmp_path)) == 30
+    assert not any(t["candidate"]["polish"] for t in lines(tmp_path))
 
 
 # --- limits -----------------------------------------------------------------------------------
@@ -559,7 +602,7 @@ def test_a_runs_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
         ({"objectives": ("accuracy", "energy_mj")}, HardwareError, "does not predict energy_mj"),
         ({"sampler": "tpa"}, RunError, "did you mean 'tpe'"),
         ({"batch": 2}, HardwareError, "batch 1 and 1 threads, not 2 and 1"),
-        ({"storage": "sqlite:////no/such/folder/x.db"}, RunError, "--storage"),
+        ({"storage": "sqlite:////dev/null/x.db"}, RunError, "--storage"),
     ],
 )
 def test_a_mistake_leaves_no_run_behind(

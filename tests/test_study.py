@@ -372,11 +372,42 @@ def test_reading_does_not_change_what_is_whole(small: Context, tmp_path: Path) -
     assert read_trials(tmp_path / "missing.jsonl") == []
 
 
-def test_a_storage_without_the_trials_is_refused(small: Context, tmp_path: Path) -> None:
-    open_study(small, tmp_path, trials=6).run(Fake(small), [])
-    (tmp_path / "study.journal").unlink()
-    with pytest.raises(RunError, match="storage"):
-        open_study(small, tmp_path, resume=True)
+@pytest.mark.parametrize("lost", ["all", "the last"])
+def test_a_storage_that_lost_trials_gets_them_again(
+    small: Context, tmp_path: Path, lost: str
+) -> None:
+    tight = replace(small, limits=Limits(size_bytes=small.cost.predict(uniform(8)).size_bytes))
+
+    def judge(result: TrialResult) -> TrialResult | None:
+        if result.trial == 2:
+            return replace(result, status="failed", score=None, predicted=None, error="broken")
+        assert result.predicted is not None
+        excess = max(tight.limits.excess(result.predicted, None).values())
+        return replace(result, status="infeasible", score=None) if excess > 0 else None
+
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    run.mkdir()
+
+    def snapshot(result: TrialResult) -> TrialResult | None:
+        if result.trial == 9:
+            shutil.copytree(run, copy)
+        return judge(result)
+
+    whole = open_study(tight, run)
+    whole.run(Fake(tight, before=snapshot), [])
+    shutil.copy(run / "trials.jsonl", copy)
+    if lost == "all":
+        (copy / "study.journal").unlink()
+    study = open_study(tight, copy, resume=True, trials=15)
+    for before, after in zip(whole.results, study.results, strict=True):
+        old, new = whole.study.trials[before.trial], study.study.trials[after.trial]
+        if new.state == old.state == optuna.trial.TrialState.COMPLETE:
+            assert (new.params, new.values) == (old.params, old.values)
+            assert new.constraints == old.constraints
+        else:
+            assert new.state == optuna.trial.TrialState.FAIL
+    assert study.run(Fake(tight), []) == "trials"
+    assert len({r.trial for r in study.results}) == len(set(keys(study.results))) == 15
 
 
 # --- a full disk ------------------------------------------------------------------------------
@@ -444,7 +475,7 @@ def test_a_name_that_the_storage_has_is_an_error(small: Context, tmp_path: Path)
     assert "--storage" in str(caught.value)
 
 
-@pytest.mark.parametrize("url", ["nonsense", "sqlite:////no/such/folder/x.db", "redis://"])
+@pytest.mark.parametrize("url", ["nonsense", "sqlite:////dev/null/x.db", "redis://"])
 def test_a_storage_that_cannot_be_opened_is_one_line(
     small: Context, tmp_path: Path, url: str
 ) -> None:

@@ -251,6 +251,8 @@ def _trials(
     chosen = _worth_polishing(study, context, objectives, settings.trials - len(study.results))
     try:
         for i, member in enumerate(chosen):
+            if study.timed_out:
+                break
             say(f"polishing trial {member.trial} ({i + 1} of {len(chosen)})")
             result = study.polish(member.candidate)
             for callback in callbacks:
@@ -385,7 +387,8 @@ def _verify(
     scores = {}
     for member in members:
         path = folder / "artifacts" / f"{member.trial}.onnx"
-        artifact = _kept(path, member) or context.compress(member.candidate)
+        artifact = _kept(path, member, hashes[member.trial])
+        artifact = artifact or context.compress(member.candidate)
         if artifact.sha256 != hashes[member.trial]:
             raise RunError(
                 f"trial {member.trial}: the rebuilt file differs from the one that was scored; "
@@ -411,11 +414,12 @@ def _verify(
     ]
 
 
-def _kept(path: Path, member: Member) -> Artifact | None:
-    """A polished member's file: making it again would take its time."""
-    if member.candidate.polish and path.is_file():
-        return Artifact(member.candidate, path.read_bytes())
-    return None
+def _kept(path: Path, member: Member, sha256: str | None) -> Artifact | None:
+    """A polished member's file, if it is whole: making it again would take its time."""
+    if not member.candidate.polish or not path.is_file():
+        return None
+    artifact = Artifact(member.candidate, path.read_bytes())
+    return artifact if artifact.sha256 == sha256 else None
 
 
 def _test_evaluator(task: Task, context: Context) -> Evaluator | None:

@@ -116,6 +116,7 @@ class Study:
         self.fixed = {n: c[0] for n, c in context.choices.items() if len(c) == 1}
         self.results = read_trials(self.path) if resume else []
         self.seen = {r.candidate.key: r.trial for r in self.results}
+        self.end: float | None = None  # when the time for trials is up; set by the first `run`
         self.random = random.Random(settings.seed + len(self.results))
         directions = ["maximize" if n == "accuracy" else "minimize" for n in settings.objectives]
         try:
@@ -135,36 +136,41 @@ class Study:
             ) from None
         except (OSError, optuna.exceptions.StorageInternalError) as error:
             raise RunError(_cannot_write(settings.folder, error)) from None
-        known = len(self.study.get_trials(deepcopy=False))
-        if any(r.trial >= known for r in self.results):
-            raise RunError(
-                f"{self.path} has trials that the storage lacks; resume with the same --storage"
-            )
         self._recover()
         if first is not None and not self.study.get_trials(deepcopy=False):
             for candidate in first():
                 self.study.enqueue_trial(self._params(candidate))
 
     def _recover(self) -> None:
-        """After a crash: fail what is still running, repeat it, tell what was not told."""
+        """After a crash: fail what is still running, repeat it, tell what was not told.
+
+        A storage that lost trials of trials.jsonl gets them again, under their own numbers.
+        """
         from optuna.trial import TrialState
 
         known = {r.trial: r for r in self.results}
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             result = known.get(trial.number)
-            if result is not None and result.status != "failed":
+            if result is not None and result.status == "complete":
                 self.study.tell(trial.number, self._values(result))
                 continue
             self.study.tell(trial.number, state=TrialState.FAIL)
             if result is None and set(trial.params) == set(self.free):
                 self.study.enqueue_trial(dict(trial.params))
+        count = len(self.study.get_trials(deepcopy=False))
+        for number in range(count, max(known, default=-1) + 1):
+            self._add(known.get(number))
+
+    @property
+    def timed_out(self) -> bool:
+        """Whether the time that the settings give to trials is up."""
+        return self.end is not None and time.monotonic() >= self.end
 
     def run(
         self, executor: Executor, callbacks: Sequence[Callback], total: int | None = None
     ) -> str:
         """Ask, run and tell until ``total`` trials (default: the settings'), time or candidates
-        are used up,
-        or Ctrl-C.
+        are used up, or Ctrl-C.
 
         Returns why it ended: ``trials``, ``timeout``, ``exhausted`` or ``interrupted``.
         """
@@ -173,7 +179,8 @@ class Study:
 
         settings = self.settings
         total = settings.trials if total is None else total
-        end = None if settings.timeout is None else time.monotonic() + settings.timeout
+        if self.end is None and settings.timeout is not None:
+            self.end = time.monotonic() + settings.timeout
         running: dict[int, optuna.trial.Trial] = {}
         reason = "trials"
         proposals = self._proposals(running)
@@ -182,7 +189,7 @@ class Study:
                 while len(running) < executor.slots and reason == "trials":
                     if len(self.results) + len(running) >= total:
                         break
-                    if end is not None and time.monotonic() >= end:
+                    if self.timed_out:
                         reason = "timeout"
                         break
                     proposal = next(proposals, None)
@@ -260,27 +267,32 @@ class Study:
 
     def polish(self, candidate: Candidate) -> TrialResult:
         """Run the polished form of a candidate as a trial of its own, here, and keep its file."""
-        import optuna
-
         number = len(self.study.get_trials(deepcopy=False))
         found = replace(candidate, polish=True)
         path = self.settings.folder / "artifacts" / f"{number}.onnx"
         result = run_trial(self.context, found, number, self.settings.seed, save=path)
         self._write(result)
         self.seen[result.candidate.key] = number
-        done = result.status != "failed"
-        space = {
-            n: optuna.distributions.IntDistribution(0, len(c) - 1) for n, c in self.free.items()
-        }
+        self._add(result)
+        return result
+
+    def _add(self, result: TrialResult | None) -> None:
+        """Let Optuna know of a trial that it was not asked for; None for one that is lost."""
+        from optuna.distributions import IntDistribution
+        from optuna.trial import TrialState, create_trial
+
+        if result is None or result.status == "failed" or result.predicted is None:
+            self.study.add_trial(create_trial(state=TrialState.FAIL))
+            return
+        drop = None if result.score is None else result.score.drop
         self.study.add_trial(
-            optuna.trial.create_trial(
-                params=self._params(candidate),
-                distributions=dict(space),
-                values=self._values(result) if done else None,
-                state=optuna.trial.TrialState.COMPLETE if done else optuna.trial.TrialState.FAIL,
+            create_trial(
+                params=self._params(result.candidate),
+                distributions={n: IntDistribution(0, len(c) - 1) for n, c in self.free.items()},
+                values=self._values(result),
+                constraints=self.context.limits.excess(result.predicted, drop),
             )
         )
-        return result
 
     def _values(self, result: TrialResult) -> list[float]:
         """Objective values; float's metric bounds what was too costly to be evaluated."""

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from conftest import NETWORKS, run
+from small_task import SPACE, batches, model, task
+
+from autoquant.candidate import Candidate, LayerChoice
+from autoquant.compress import compress
+from autoquant.compress.polish import polish
+from autoquant.compress.qdq import resolve
+from autoquant.compress.readback import read_bits
+from autoquant.search import SearchSettings, search
+from autoquant.search.trial import Context, prepare, run_trial
+from autoquant.space import Space
+
+LOW = LayerChoice(2, 8)
+NARROW = Space.model_validate(
+    {"name": "narrow", "rules": [{"weight_bits": [3, 4, 5, 6], "activation_bits": 8}]}
+)
+
+
+@pytest.fixture(scope="module")
+def context(tmp_path_factory: pytest.TempPathFactory) -> Context:
+    return prepare(task(tmp_path_factory.mktemp("task")), space=SPACE, latency=False)
+
+
+def low(context: Context, polished: bool) -> Candidate:
+    return Candidate({layer.name: LOW for layer in context.graph.layers}, polish=polished)
+
+
+def error(context: Context, candidate: Candidate) -> float:
+    """Squared error of the outputs on images that calibrated nothing."""
+    images = np.concatenate([inputs for inputs, _ in batches(77)])
+    artifact = onnx.ModelProto.FromString(context.compress(candidate).model)
+    return float(((run(artifact, images)[0] - run(model(), images)[0]) ** 2).mean())
+
+
+def test_outputs_come_closer_to_float_at_two_bits(context: Context) -> None:
+    assert error(context, low(context, True)) < 0.9 * error(context, low(context, False))
+
+
+def test_the_bits_stay_and_the_key_differs(context: Context) -> None:
+    polished, plain = low(context, True), low(context, False)
+    assert polished.key != plain.key
+    artifact = onnx.ModelProto.FromString(context.compress(polished).model)
+    names = [layer.name for layer in context.graph.layers]
+    assert read_bits(artifact, names) == dict.fromkeys(names, (2, 8))
+
+
+def test_it_repeats_byte_for_byte_and_leaves_the_bank_alone(context: Context) -> None:
+    before = context.compress(low(context, False)).sha256
+    first = context.compress(low(context, True)).sha256
+    assert context.compress(low(context, True)).sha256 == first != before
+    assert context.compress(low(context, False)).sha256 == before
+
+
+def test_layers_of_more_than_eight_bits_are_not_touched(context: Context) -> None:
+    float_ = resolve(context.graph, Candidate(polish=True))
+    bank = polish(
+        context.graph, float_, context.calibration, context.bank, context.inputs, "onnxruntime"
+    )
+    assert not bank.overrides
+
+
+@pytest.mark.parametrize("name", sorted(NETWORKS))
+def test_every_kind_of_network_goes_through(name: str) -> None:
+    net = NETWORKS[name]()
+    candidate = resolve(
+        net.graph, Candidate({layer.name: LOW for layer in net.graph.layers}, polish=True)
+    )
+    inputs = (tuple(net.inputs),)
+    bank = polish(net.graph, candidate, net.calibration, net.bank, inputs, "onnxruntime")
+    artifact = compress(net.graph, candidate, net.calibration, bank, "onnxruntime")
+    (output, *_) = run(onnx.ModelProto.FromString(artifact.model), *net.inputs)
+    assert np.isfinite(output).all()
+
+
+def test_a_trial_keeps_the_file_that_it_scored(context: Context, tmp_path: Path) -> None:
+    path = tmp_path / "artifacts" / "7.onnx"
+    result = run_trial(context, low(context, True), 7, save=path)
+    assert result.status == "complete" and result.candidate.polish
+    import hashlib
+
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == result.sha256
+
+
+def test_a_search_polishes_a_tenth_of_its_trials(tmp_path: Path) -> None:
+    settings = SearchSettings(space=NARROW, trials=20, name="p", runs_dir=tmp_path / "runs")
+    front = search(task(tmp_path), settings)
+    assert front.trials == 20
+    lines = (tmp_path / "runs" / "p" / "trials.jsonl").read_text().splitlines()
+    polished = [line for line in lines if '"polish":true' in line]
+    assert len(lines) == 20 and len(polished) == 2
+    plain = search(task(tmp_path), replace(settings, name="q", polish=False))
+    assert not any(member.candidate.polish for member in plain.members)
+    again = search(task(tmp_path), replace(settings, trials=30, resume=True))
+    assert again.trials == 30

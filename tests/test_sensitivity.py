@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_task import LAYERS, SPACE, task
+
+from autoquant.candidate import Candidate
+from autoquant.result import TrialResult
+from autoquant.search.sensitivity import divergence, predicted, rank_correlation, sensitivity
+from autoquant.search.trial import Context, prepare, run_trial
+
+
+@pytest.fixture(scope="module")
+def context(tmp_path_factory: pytest.TempPathFactory) -> Context:
+    return prepare(task(tmp_path_factory.mktemp("task")), space=SPACE, latency=False)
+
+
+def test_divergence_is_the_mean_kl_of_the_softmax() -> None:
+    p, q = np.log([[0.5, 0.5], [0.9, 0.1]]), np.log([[0.25, 0.75], [0.9, 0.1]])
+    expected = 0.5 * np.log(0.5 / 0.25) + 0.5 * np.log(0.5 / 0.75)
+    assert divergence(p + 3.0, q - 1.0, classes=True) == pytest.approx(expected / 2)
+    assert divergence(p, p, classes=True) == pytest.approx(0.0)
+
+
+def test_divergence_of_other_outputs_is_the_relative_squared_error() -> None:
+    reference = np.array([[0.0], [2.0], [4.0]])
+    assert divergence(reference, reference + 1.0, classes=False) == pytest.approx(
+        1 / reference.var()
+    )
+    assert divergence(reference, reference * np.nan, classes=False) == np.inf
+
+
+def test_every_choice_of_every_layer_has_a_value_that_falls_with_its_bits(
+    context: Context,
+) -> None:
+    table = sensitivity(context)
+    assert set(table) == set(LAYERS)
+    for name, values in table.items():
+        assert len(values) == len(context.choices[name])
+        assert list(values) == sorted(values, reverse=True)
+        assert values[0] > 0 and values[-1] == 0.0  # 2 bits; float
+
+
+def test_it_does_not_depend_on_the_number_of_workers(context: Context) -> None:
+    assert sensitivity(context, workers=1) == sensitivity(context, workers=3)
+
+
+def test_a_candidate_is_the_sum_of_its_layers(context: Context) -> None:
+    table = sensitivity(context)
+    lowest = Candidate({n: c[0] for n, c in context.choices.items()})
+    assert predicted(table, context.choices, lowest) == pytest.approx(
+        sum(values[0] for values in table.values())
+    )
+    assert predicted(table, context.choices, Candidate()) == 0.0
+
+
+def test_the_rank_correlation_needs_three_trials(context: Context, tmp_path: Path) -> None:
+    table = sensitivity(context)
+    results: list[TrialResult] = []
+    for index in range(3):
+        candidate = Candidate({n: c[index] for n, c in context.choices.items()})
+        results.append(run_trial(context, candidate, index))
+    assert np.isnan(rank_correlation(table, context.choices, results[:2]))
+    assert -1.0 <= rank_correlation(table, context.choices, results) <= 1.0
