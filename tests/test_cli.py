@@ -6,8 +6,10 @@ import errno
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,6 +222,54 @@ def test_search_resumes(made: Made, cli: Callable[..., Output], no_tracking: Non
     assert output.status == 0 and output.json["trials"] == 5
     lines = (made.runs / "longer" / "trials.jsonl").read_text().splitlines()
     assert len({json.loads(line)["key"] for line in lines}) == 5
+
+
+SLOW = """
+import time
+
+
+def slow(outputs, targets):
+    time.sleep(0.001)  # and 200 times for the bootstrap
+    return float((outputs.argmax(1) == targets).mean())
+
+
+def slow_task():
+    from dataclasses import replace
+
+    return replace(task(), metric=slow)
+"""
+
+
+def test_a_search_survives_being_killed_and_ends_at_ctrl_c(made: Made, tmp_path: Path) -> None:
+    spec = write_task_file(tmp_path, SLOW).replace(":task", ":slow_task")
+    trials = made.runs / "slow" / "trials.jsonl"
+    options = (spec, *made.common, "--name", "slow", "--trials", 60, "--json")
+    counts = []
+    for number, more in ((signal.SIGKILL, ()), (signal.SIGINT, ("--resume",))):
+        command = [sys.executable, "-m", "autoquant", "search", *map(str, options), *more]
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        search = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+        before = sum(counts)
+        while search.poll() is None:
+            done = trials.read_text().count("\n") if trials.is_file() else 0
+            if done >= before + 2:
+                search.send_signal(number)
+                break
+            time.sleep(0.02)
+        output = Output(0, *search.communicate(timeout=60))
+        counts.append(trials.read_text().count("\n") - before)
+    assert search.returncode == 0, output.err
+    assert output.json["trials"] == sum(counts) < 60 and output.json["members"]
+    assert "interrupted" in output.err and "Traceback" not in output.err
+    found = [json.loads(line) for line in trials.read_text().splitlines()]
+    assert len({t["key"] for t in found}) == len({t["trial"] for t in found}) == len(found)
+    assert min(counts) >= 2
 
 
 def test_nothing_feasible_exits_with_1(

@@ -289,12 +289,26 @@ def test_low_bit_members_are_polished_as_trials_of_their_own(tmp_path: Path) -> 
     for member in kept:
         path = run(tmp_path) / "artifacts" / f"{member.trial}.onnx"
         assert hashlib.sha256(path.read_bytes()).hexdigest() == by_key[member.key]["sha256"]
+        assert member.predicted.size_bytes == pytest.approx(path.stat().st_size, rel=0.01)
         path.write_bytes(b"cut off")  # made again where it is not whole
     again = search(judged, settings(tmp_path, resume=True, **found))
     assert [m.key for m in again.members] == [m.key for m in front.members]
     for member in kept:
         content = (run(tmp_path) / "artifacts" / f"{member.trial}.onnx").read_bytes()
         assert hashlib.sha256(content).hexdigest() == by_key[member.key]["sha256"]
+
+
+def test_a_small_space_leaves_no_more_than_a_tenth_to_polish(tmp_path: Path) -> None:
+    found = {"objectives": ("accuracy", "weight_bytes"), "space": TWO, "trials": 12}
+    targets = [(x, execute(model(), x)[0]) for x, _ in batches(2)]
+
+    def closeness(outputs: Array, targets: Array) -> float:
+        return -float(((outputs - targets) ** 2).mean())
+
+    judged = task(tmp_path, validation=targets, test=None, metric=closeness)
+    front = search(judged, settings(tmp_path, **found))
+    assert sum(t["candidate"]["polish"] for t in lines(tmp_path)) == 1
+    assert front.trials == 8 + 1
 
 
 def test_without_polish_no_trial_is_polished(tmp_path: Path) -> None:

@@ -248,7 +248,8 @@ def _trials(
     reason = _run(study, context, settings, callbacks, settings.trials - reserve)
     if reserve == 0 or reason in ("timeout", "interrupted"):
         return
-    chosen = _worth_polishing(study, context, objectives, settings.trials - len(study.results))
+    most = min(reserve, settings.trials - len(study.results))
+    chosen = _worth_polishing(study, context, objectives, most)
     try:
         for i, member in enumerate(chosen):
             if study.timed_out:
