@@ -10,7 +10,7 @@ networks up to each layer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import onnx
@@ -21,10 +21,11 @@ from autoquant.compress.bank import Bank, QuantizedWeight, take_spread_and_mean
 from autoquant.compress.qdq import assemble
 from autoquant.compress.rounding import SecondOrder
 from autoquant.graph import Graph, Layer, prefix
-from autoquant.runtime import OnnxRuntime, OnnxSession
+from autoquant.runtime import OnnxRuntime, run_batches
 from autoquant.task import Array
 
 STRENGTH = 0.1  # λ: pull of the fit towards the float weight
+SAMPLES = 256  # calibration inputs that a fit sees
 
 
 def polish(
@@ -34,15 +35,16 @@ def polish(
     bank: Bank,
     batches: Sequence[tuple[Array, ...]],
     dialect: str,
-    threads: int = 0,
+    workers: int = 1,
 ) -> Bank:
     """A bank with the refitted weights of a resolved candidate; the given one is left alone.
 
     Convolutions and Gemms of at most 8 bits are refitted; others keep the bank's weights. The
-    result depends on the candidate and ``batches`` (calibration inputs) alone.
+    result depends on the candidate and the first ``SAMPLES`` calibration inputs of ``batches``
+    alone, not on ``workers``, the batches that run at a time.
     """
     polished = bank.overlay()
-    batches = rebatch(batches, 64)
+    batches = list(_first(rebatch(batches, 32), SAMPLES))
     rounding = SecondOrder()
     for layer in graph.layers:
         choice = candidate.choice(layer.name)
@@ -51,10 +53,10 @@ def polish(
         written = assemble(graph, candidate, calibration, polished, dialect)
         source = next(n.input[0] for n in written.graph.node if n.name == layer.name)
         fit = _Fit(graph, layer, batches)
-        exact = _open(graph.model, layer.input, threads)
-        coarse = _open(written, source, threads)
-        for batch in batches:
-            fit.add(_value(exact, batch, layer.input, graph), _value(coarse, batch, source, graph))
+        exact = _values(graph.model, layer.input, batches, workers)
+        coarse = _values(written, source, batches, workers)
+        for pair in zip(exact, coarse, strict=True):
+            fit.add(*pair)
         weight, moments, mean, spread = fit.solve()
         values, scale = rounding(weight, choice.weight_bits, choice.granularity, moments)
         scale, shift = take_spread_and_mean(values, scale, moments, spread, mean)
@@ -66,21 +68,26 @@ def polish(
     return polished
 
 
-def _open(model: onnx.ModelProto, tensor: str, threads: int) -> OnnxSession | None:
-    """A session of the part of a model that makes ``tensor``; None for an input."""
-    if tensor in {value.name for value in model.graph.input}:
-        return None
-    return OnnxRuntime().open(prefix(model, tensor).SerializeToString(), threads)
+def _first(batches: Sequence[tuple[Array, ...]], samples: int) -> Iterator[tuple[Array, ...]]:
+    """Batches up to a number of samples, one at least."""
+    for batch in batches:
+        yield batch
+        samples -= batch[0].shape[0]
+        if samples <= 0:
+            return
 
 
-def _value(
-    session: OnnxSession | None, batch: tuple[Array, ...], tensor: str, graph: Graph
-) -> Array:
-    feed: dict[str, Array] = dict(zip(graph.inputs, batch, strict=True))
-    if session is None:
-        return feed[tensor]
-    (value,) = session.run([feed[name] for name in session.input_names])
-    return value
+def _values(
+    model: onnx.ModelProto, tensor: str, batches: Sequence[tuple[Array, ...]], workers: int
+) -> list[Array]:
+    """A tensor of the model on every batch; only the part that makes it runs."""
+    names = [value.name for value in model.graph.input]
+    if tensor in names:
+        return [batch[names.index(tensor)] for batch in batches]
+    session = OnnxRuntime().open(prefix(model, tensor).SerializeToString())
+    used = [names.index(name) for name in session.input_names]
+    fed = [[batch[i] for i in used] for batch in batches]
+    return [outputs[0] for outputs in run_batches(session, fed, workers)]
 
 
 class _Fit:

@@ -85,7 +85,8 @@ class Context:
         bank, dialect = self.bank, self.hardware.dialect
         if candidate.polish:
             found = resolve(self.graph, candidate)
-            bank = polish(self.graph, found, self.calibration, bank, self.inputs, dialect)
+            workers = self.evaluator.workers
+            bank = polish(self.graph, found, self.calibration, bank, self.inputs, dialect, workers)
         return compress(self.graph, candidate, self.calibration, bank, dialect)
 
     def additive_cost(self, name: str) -> dict[str, tuple[float, ...]]:
