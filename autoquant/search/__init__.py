@@ -158,6 +158,7 @@ def search(
             callback.stage(text)
 
     try:
+        run.write(describe_environment())  # first: a run that dies while preparing can be resumed
         context = prepare(
             task,
             space=load_space(settings.space),
@@ -188,7 +189,6 @@ def search(
     except BaseException:
         run.discard()
         raise
-    run.write(describe_environment())
     _save_inputs(context, run.folder / "inputs.npz")
     if context.cost.latency is not None:
         write_json(run.latency, to_profile(context.cost.latency).model_dump(mode="json"))
