@@ -238,16 +238,10 @@ def rebatch(
 
 def _activations(graph: Graph) -> list[str]:
     """Float tensors that a rewrite may quantize: all but what a unit keeps to itself."""
-    hidden = set()
-    for layer in graph.layers:
-        for index in (layer.node, *layer.absorbed):
-            name = graph.nodes[index].output[0]
-            if name != layer.output:
-                hidden.add(name)
     return [
         name
         for name, tensor in graph.tensors.items()
-        if tensor.dtype == "float32" and name not in hidden and tensor.shape
+        if tensor.dtype == "float32" and name not in graph.hidden and tensor.shape
     ]
 
 

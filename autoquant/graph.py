@@ -97,7 +97,8 @@ class Tensor:
 class Graph:
     """A normalized float network. Treat it as immutable; it pickles.
 
-    ``producer``: tensor → node index; ``consumers``: tensor → node indices in order.
+    ``hidden``: tensors that a layer's unit keeps to itself. ``producer``: tensor → node index;
+    ``consumers``: tensor → node indices in order.
     ``other_macs``: of products between activations (attention), for one sample.
     """
 
@@ -114,6 +115,8 @@ class Graph:
         self.producer, self.consumers = _edges(self.nodes)
         self.by_name = {layer.name: layer for layer in self.layers}
         self.by_node = {layer.node: layer for layer in self.layers}
+        written = {self.nodes[i].output[0] for x in self.layers for i in (x.node, *x.absorbed)}
+        self.hidden = frozenset(written - {layer.output for layer in self.layers})
         self.fingerprint = hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()[
             :16
         ]

@@ -55,8 +55,7 @@ def peak_memory_bytes(graph: Graph, plan: Plan) -> int:
     deaths: dict[int, int] = defaultdict(int)
     starts = {layer.output: layer.node for layer in graph.layers}
     starts |= {graph.nodes[end].output[0]: index for index, end in plan.units.items()}
-    inner = {graph.nodes[i].output[0] for x in graph.layers for i in (x.node, *x.absorbed)}
-    inner |= {graph.nodes[index].output[0] for index in plan.units}
+    inner = graph.hidden | {graph.nodes[index].output[0] for index in plan.units}
     for name, tensor in graph.tensors.items():
         if name in inner and name not in starts:
             continue

@@ -73,7 +73,7 @@ def _log_softmax(logits: Array) -> Array:
 
 def _outputs(session: Session, batches: Sequence[tuple[Array, ...]], workers: int) -> Array:
     found = run_batches(session, batches, workers)
-    return np.concatenate([o[0].reshape(-1, *o[0].shape[1:]) for o in found]).astype(np.float64)
+    return np.concatenate([outputs[0] for outputs in found]).astype(np.float64)
 
 
 def _anchor(choices: Sequence[LayerChoice]) -> LayerChoice | None:

@@ -24,7 +24,7 @@ from autoquant.cost import CostModel
 from autoquant.cost.table import TableModel, from_profile, measure_device
 from autoquant.errors import AutoquantError, CandidateError
 from autoquant.evaluate import Evaluator
-from autoquant.graph import Graph, Layer
+from autoquant.graph import Graph
 from autoquant.hardware import Hardware, load_hardware
 from autoquant.result import Cost, Score, TrialResult
 from autoquant.runtime import RUNTIMES, OnnxRuntime
@@ -357,9 +357,3 @@ def score_candidate(
         evaluator.set_reference(OnnxRuntime().open(float_model(context.graph)))
     score = evaluator.score(RUNTIMES[context.hardware.runtime]().open(artifact.model))
     return Scored(artifact, context.cost.predict(artifact.candidate), score)
-
-
-def inspect_layers(task: Task) -> tuple[Graph, list[Layer]]:
-    """The float graph of a task and its layers in order."""
-    graph = lower(task)
-    return graph, list(graph.layers)
