@@ -318,7 +318,7 @@ def _columns(layer: Layer, found: dict[str, Any], x: Any, most: int) -> Any:
     kernel = list(layer.weight_shape[2:])
     strides = list(found.get("strides", [1] * rank))
     dilations = list(found.get("dilations", [1] * rank))
-    pads = _pads(found, list(x.shape[2:]), kernel, strides, dilations)
+    pads = pads_of(found, list(x.shape[2:]), kernel, strides, dilations)
     x = functional.pad(x, [p for i in reversed(range(rank)) for p in (pads[i], pads[i + rank])])
     for axis in range(rank):  # unfold every spatial axis: works for 1, 2 and 3 dimensions
         span = (kernel[axis] - 1) * dilations[axis] + 1
@@ -332,7 +332,7 @@ def _columns(layer: Layer, found: dict[str, Any], x: Any, most: int) -> Any:
     return columns if columns.dtype == torch.float32 else columns.float()
 
 
-def _pads(
+def pads_of(
     found: dict[str, Any],
     size: list[int],
     kernel: list[int],

@@ -484,17 +484,29 @@ def _drop_unused(graph: onnx.GraphProto) -> None:
     graph.initializer.extend(initializers)
 
 
-def prefix(model: onnx.ModelProto, tensor: str) -> onnx.ModelProto:
-    """The part of a model that makes ``tensor``, its only output."""
+def prefix(model: onnx.ModelProto, tensor: str, given: Sequence[str] = ()) -> onnx.ModelProto:
+    """The part of a model that makes ``tensor``, its only output, from the inputs.
+
+    ``given``: float32 tensors that become inputs too; what makes them is left out.
+    """
     part = onnx.ModelProto()
     part.CopyFrom(model)
     del part.graph.output[:]
     part.graph.output.append(onnx.ValueInfoProto(name=tensor))
+    if given:
+        kept = [n for n in part.graph.node if not any(o in given for o in n.output)]
+        _set_nodes(part.graph, kept)
+        known = {value.name for value in part.graph.input}
+        part.graph.input.extend(
+            helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+            for name in given
+            if name not in known
+        )
     _drop_unused(part.graph)
     needed = {name for node in part.graph.node for name in node.input}
-    kept = [value for value in part.graph.input if value.name in needed]
+    inputs = [value for value in part.graph.input if value.name in needed]
     del part.graph.input[:]
-    part.graph.input.extend(kept)
+    part.graph.input.extend(inputs)
     return part
 
 

@@ -1,31 +1,56 @@
-"""Refit a candidate's weights layer by layer against the float network's outputs, without labels.
+"""Refit and tune a candidate's weights against the float network's outputs, without labels.
 
-In graph order, each layer takes its inputs from the already quantized part of the network, and
-its weights move to the least-squares fit of the *float* output on these inputs, before they are
-rounded: ``W* = (Cov(y, x_q) + λ m W)(H + λ m I)⁻¹`` with H the covariance of x_q and m its mean
-diagonal. Then each output channel gets the spread (gain of the scale) and the mean (shift of the
-bias) that it has in float. This undoes much of what earlier layers broke; it costs a run of both
-networks up to each layer.
+The network is walked block by block (`compress/blocks.py`), each block on the inputs that the
+quantized part before it really makes.
+
+Refit, layer by layer: the weights move to the least-squares fit of the *float* output on these
+inputs before they are rounded, ``W* = (Cov(y, x_q) + λ m W)(H + λ m I)⁻¹`` with H the covariance
+of x_q and m its mean diagonal; then each output channel gets the spread (gain of the scale) and
+the mean (shift of the bias) that it has in float.
+
+Tune, block by block: integers, scales and biases follow the gradient of the squared error of the
+block's output, rounded in the forward pass and passed straight through in the backward one
+(Bengio et al. 2013; block by block as in Li et al. 2021, learned scales as in Esser et al. 2020).
+What is tuned stays only if inputs that it did not see agree.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any
 
 import numpy as np
 import onnx
 
 from autoquant.calibration import Calibration, Columns, Moments, rebatch
 from autoquant.candidate import Candidate
-from autoquant.compress.bank import Bank, QuantizedWeight, take_spread_and_mean
-from autoquant.compress.qdq import assemble
-from autoquant.compress.rounding import SecondOrder
+from autoquant.compress.bank import (
+    Bank,
+    QuantizedWeight,
+    broadcast_scale,
+    take_spread_and_mean,
+    takes_bias,
+)
+from autoquant.compress.blocks import Block, Unsupported, run_block, split
+from autoquant.compress.qdq import Grid, Plan, assemble, plan, tensor_grid
+from autoquant.compress.rounding import SecondOrder, integer_range
 from autoquant.graph import Graph, Layer, prefix
 from autoquant.runtime import OnnxRuntime, run_batches
 from autoquant.task import Array
 
 STRENGTH = 0.1  # λ: pull of the fit towards the float weight
-SAMPLES = 256  # calibration inputs that a fit sees
+SAMPLES = 512  # calibration inputs that are seen
+STEPS = 300  # of a block's tuning, fewer for large networks
+WORK = 1.2e12  # multiply-accumulates that decide what is large
+BATCH = 32
+RATE = 4e-3  # of the integers, a step; of scales and biases half of it, in their own units
+THREADS = 1  # of torch, whatever the machine has: sums in another order are other bytes
+_HELD = 8  # one input of so many checks what is tuned on the others
+_BYTES = 512 << 20  # of a block's inputs and outputs, each
+
+Feeds = list[dict[str, Array]]  # a batch: tensor → values
 
 
 def polish(
@@ -36,36 +61,61 @@ def polish(
     batches: Sequence[tuple[Array, ...]],
     dialect: str,
     workers: int = 1,
+    *,
+    tune: bool = True,
 ) -> Bank:
-    """A bank with the refitted weights of a resolved candidate; the given one is left alone.
+    """A bank with the refitted and tuned weights of a resolved candidate; the given one is left
+    alone.
 
-    Convolutions and Gemms of at most 8 bits are refitted; others keep the bank's weights. The
-    result depends on the candidate and the first ``SAMPLES`` calibration inputs of ``batches``
-    alone, not on ``workers``, the batches that run at a time.
+    Convolutions and products with weights of at most 8 bits and a scale a channel or tensor
+    change; others keep the bank's weights. The result depends on the candidate and the first
+    ``SAMPLES`` calibration inputs of ``batches`` alone, not on ``workers``, the batches that
+    run at a time. ``tune=False`` only refits.
     """
     polished = bank.overlay()
-    batches = list(_first(rebatch(batches, 32), SAMPLES))
-    rounding = SecondOrder()
-    for layer in graph.layers:
-        choice = candidate.choice(layer.name)
-        if layer.kind not in ("Conv", "Gemm") or choice.weight_bits > 8 or bank.is_shared(layer):
-            continue
+    names = graph.inputs
+    exact = [
+        dict(zip(names, batch, strict=True)) for batch in _first(rebatch(batches, BATCH), SAMPLES)
+    ]
+    coarse = exact
+    planned = plan(graph, candidate, dialect)
+    grids = _Grids(graph, planned, calibration, candidate, dialect)
+    for block in split(graph):
         written = assemble(graph, candidate, calibration, polished, dialect)
-        source = next(n.input[0] for n in written.graph.node if n.name == layer.name)
-        fit = _Fit(graph, layer, batches)
-        exact = _values(graph.model, layer.input, batches, workers)
-        coarse = _values(written, source, batches, workers)
-        for pair in zip(exact, coarse, strict=True):
-            fit.add(*pair)
-        weight, moments, mean, spread = fit.solve()
-        values, scale = rounding(weight, choice.weight_bits, choice.granularity, moments)
-        scale, shift = take_spread_and_mean(values, scale, moments, spread, mean)
-        rows = np.moveaxis(graph.array(layer.weight), layer.channel_axis, 0)
-        laid = np.moveaxis(values.reshape(rows.shape), 0, layer.channel_axis).astype(np.int8)
-        polished.overrides[layer.name] = QuantizedWeight(
-            np.ascontiguousarray(laid), scale, choice.weight_bits, layer.channel_axis, shift
-        )
+        if block.source:
+            exact = _advance(graph.model, block.source, exact, names, workers)
+            coarse = _advance(written, block.source, coarse, names, workers)
+        changed = [x for x in block.layers if _changes(x, candidate, bank)]
+        fitted = {}
+        for layer in changed:
+            source = layer.input
+            if planned.modes[layer.name] != "dynamic":
+                source = next(n.input[0] for n in written.graph.node if n.name == layer.name)
+            fit = _Fit(graph, layer, sum(next(iter(f.values())).shape[0] for f in exact))
+            for pair in zip(
+                _values(graph.model, layer.input, exact, workers),
+                _values(written, source, coarse, workers),
+                strict=True,
+            ):
+                fit.add(*pair)
+            fitted[layer.name], entry = _refit(graph, layer, candidate, fit)
+            polished.overrides[layer.name] = entry
+            written = assemble(graph, candidate, calibration, polished, dialect)
+        if tune and changed:
+            outputs = _values(graph.model, block.target, exact, workers)
+            found = _tune(graph, block, changed, fitted, polished, grids, coarse, outputs)
+            polished.overrides.update(found)
     return polished
+
+
+def _changes(layer: Layer, candidate: Candidate, bank: Bank) -> bool:
+    choice = candidate.choice(layer.name)
+    return (
+        layer.kind in ("Conv", "Gemm", "MatMul")
+        and choice.weight_bits <= 8
+        and choice.granularity in ("channel", "tensor")
+        and not bank.is_shared(layer)
+    )
 
 
 def _first(batches: Sequence[tuple[Array, ...]], samples: int) -> Iterator[tuple[Array, ...]]:
@@ -77,26 +127,55 @@ def _first(batches: Sequence[tuple[Array, ...]], samples: int) -> Iterator[tuple
             return
 
 
-def _values(
-    model: onnx.ModelProto, tensor: str, batches: Sequence[tuple[Array, ...]], workers: int
-) -> list[Array]:
-    """A tensor of the model on every batch; only the part that makes it runs."""
-    names = [value.name for value in model.graph.input]
-    if tensor in names:
-        return [batch[names.index(tensor)] for batch in batches]
-    session = OnnxRuntime().open(prefix(model, tensor).SerializeToString())
-    used = [names.index(name) for name in session.input_names]
-    fed = [[batch[i] for i in used] for batch in batches]
+def _advance(
+    model: onnx.ModelProto, tensor: str, feeds: Feeds, names: Sequence[str], workers: int
+) -> Feeds:
+    """The graph inputs and ``tensor`` of every batch: what the next block reads."""
+    values = _values(model, tensor, feeds, workers)
+    return [
+        {**{name: feed[name] for name in names}, tensor: value}
+        for feed, value in zip(feeds, values, strict=True)
+    ]
+
+
+def _values(model: onnx.ModelProto, tensor: str, feeds: Feeds, workers: int) -> list[Array]:
+    """A tensor of the model on every batch; only the part that makes it from ``feeds`` runs."""
+    if tensor in feeds[0]:
+        return [feed[tensor] for feed in feeds]
+    part = prefix(model, tensor, tuple(feeds[0]))
+    session = OnnxRuntime().open(part.SerializeToString())
+    fed = [[feed[name] for name in session.input_names] for feed in feeds]
     return [outputs[0] for outputs in run_batches(session, fed, workers)]
+
+
+def _refit(
+    graph: Graph, layer: Layer, candidate: Candidate, fit: _Fit
+) -> tuple[Array, QuantizedWeight]:
+    """The fitted weight before rounding, in the weight's own layout, and what it rounds to."""
+    choice = candidate.choice(layer.name)
+    weight, moments, mean, spread = fit.solve()
+    values, scale = SecondOrder()(weight, choice.weight_bits, choice.granularity, moments)
+    scale, shift = take_spread_and_mean(values, scale, moments, spread, mean)
+    rows = np.moveaxis(graph.array(layer.weight), layer.channel_axis, 0)
+
+    def laid(matrix: Array) -> Array:
+        found = np.moveaxis(matrix.reshape(rows.shape), 0, layer.channel_axis)
+        return np.ascontiguousarray(found)
+
+    kept = shift if takes_bias(layer) else None
+    axis = layer.channel_axis
+    entry = QuantizedWeight(laid(values.astype(np.int8)), scale, choice.weight_bits, axis, kept)
+    return laid(weight), entry
 
 
 class _Fit:
     """Running sums over the positions of one layer: float outputs y, quantized inputs x."""
 
-    def __init__(self, graph: Graph, layer: Layer, batches: Sequence[tuple[Array, ...]]) -> None:
-        self.columns = Columns(layer, graph, sum(b[0].shape[0] for b in batches))
-        rows = np.moveaxis(graph.array(layer.weight), layer.channel_axis, 0)
-        self.weight = np.array(rows.reshape(layer.group, -1, self.columns.inputs))
+    def __init__(self, graph: Graph, layer: Layer, rows: int) -> None:
+        self.columns = Columns(layer, graph, rows)
+        self.takes_bias = takes_bias(layer)
+        matrix = np.moveaxis(graph.array(layer.weight), layer.channel_axis, 0)
+        self.weight = np.array(matrix.reshape(layer.group, -1, self.columns.inputs))
         self.count = 0
         self.xx: Array | float = 0.0
         self.yx: Array | float = 0.0
@@ -121,6 +200,8 @@ class _Fit:
         """The fitted weight (channels, K), the moments of x, and mean and variance of y."""
         n = max(1, self.count)
         xx, yx, x, y = (np.asarray(s) / n for s in (self.xx, self.yx, self.x, self.y))
+        if not self.takes_bias:  # nothing can stand for the means: they count as values
+            x, y = np.zeros_like(x), np.zeros_like(y)
         moments = Moments(xx, x, self.count)
         h = moments.centred()
         cross = yx - y[:, :, None] * x[:, None, :]
@@ -132,3 +213,228 @@ class _Fit:
         variance = np.maximum(np.asarray(self.yy) / n - y**2, 0.0)
         weight = fitted.reshape(-1, inputs).astype(np.float32)
         return np.ascontiguousarray(weight), moments, y.reshape(-1), variance.reshape(-1)
+
+
+class _Grids:
+    """Activation grids of an artifact, as torch sees them."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        planned: Plan,
+        calibration: Calibration,
+        candidate: Candidate,
+        dialect: str,
+    ) -> None:
+        self.plan, self.candidate = planned, candidate
+
+        @cache
+        def grid(tensor: str, bits: int) -> Grid:
+            return tensor_grid(graph, planned, calibration, tensor, bits, dialect)
+
+        self.grid = grid
+
+    def __call__(self, tensor: str, value: Any, reader: Layer | None) -> Any:
+        """What a node reads for a tensor: the value on its grid, where it has one."""
+        bits = 8 if tensor in self.plan.roots else 32
+        if reader is not None:
+            choice = self.candidate.choice(reader.name)
+            if choice.activation_bits in (4, 6):
+                bits = choice.activation_bits
+            elif choice.dynamic or choice.activation_bits > 8:
+                bits = 32
+        if bits == 32:
+            return value
+        found = self.grid(tensor, bits)
+        low, high = found.real_range
+        clipped = value.clamp(low, high)
+        return _straight((clipped / found.scale).round() * found.scale, clipped)
+
+
+def _straight(rounded: Any, value: Any) -> Any:
+    """``rounded`` forward, the gradient of ``value`` backward."""
+    return value + (rounded - value).detach()
+
+
+def _own_bias(graph: Graph, layer: Layer) -> Array:
+    """The layer's bias in float32; zeros where it has none."""
+    if layer.bias is None:
+        return np.zeros(layer.channels, np.float32)
+    return graph.array(layer.bias).reshape(-1)
+
+
+class _Tuned:
+    """One layer's integers, scales and bias as torch parameters."""
+
+    def __init__(self, graph: Graph, layer: Layer, entry: QuantizedWeight, fitted: Array) -> None:
+        import torch
+
+        self.entry = entry
+        self.low, self.high = integer_range(entry.bits)
+        scale = broadcast_scale(entry.scale, entry.axis, entry.values.ndim)
+        codes = entry.values.astype(np.float32)
+        inside = np.clip(fitted / scale - codes, -0.49, 0.49)  # rounds to the same integers
+        self.codes = torch.from_numpy((codes + inside).astype(np.float32)).requires_grad_()
+        self.scale = torch.from_numpy(np.array(scale)).requires_grad_()
+        self.bias = None
+        if entry.shift is not None:
+            self.own = _own_bias(graph, layer)
+            self.bias = torch.from_numpy(self.own + entry.shift).requires_grad_()
+
+    def weight(self) -> Any:
+        """The float weight that the rounded integers stand for."""
+        return _straight(self.codes.round(), self.codes).clamp(self.low, self.high) * self.scale
+
+    def result(self) -> QuantizedWeight:
+        """What is stored."""
+        codes = self.codes.detach().round().clamp(self.low, self.high).numpy().astype(np.int8)
+        scale = np.maximum(self.scale.detach().numpy().reshape(-1), np.float32(1e-12))
+        shift = None if self.bias is None else self.bias.detach().numpy() - self.own
+        return replace(self.entry, values=codes, scale=scale, shift=shift)
+
+
+def _tune(
+    graph: Graph,
+    block: Block,
+    layers: Sequence[Layer],
+    fitted: Mapping[str, Array],
+    bank: Bank,
+    grids: _Grids,
+    feeds: Feeds,
+    outputs: Sequence[Array],
+) -> dict[str, QuantizedWeight]:
+    """Tuned weights by layer; none where that does not help, or torch has no such operator.
+
+    ``feeds``: the quantized inputs; ``outputs``: the float target of every batch.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    try:
+        with torch.enable_grad():
+            return _Tuning(graph, block, layers, fitted, bank, grids, feeds, outputs).run()
+    except Unsupported:
+        return {}
+    finally:
+        torch.set_num_threads(before)
+
+
+class _Tuning:
+    """The tuning of one block."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        block: Block,
+        layers: Sequence[Layer],
+        fitted: Mapping[str, Array],
+        bank: Bank,
+        grids: _Grids,
+        feeds: Feeds,
+        outputs: Sequence[Array],
+    ) -> None:
+        import torch
+
+        self.graph, self.block, self.grids = graph, block, grids
+        chosen = {layer.name: grids.candidate.choice(layer.name) for layer in block.layers}
+        self.tuned = {
+            x.name: _Tuned(graph, x, bank.get(x, chosen[x.name]), fitted[x.name]) for x in layers
+        }
+        self.weights: dict[str, Any] = {}
+        self.biases: dict[str, Any] = {}
+        for layer in block.layers:
+            if layer.name not in self.tuned and chosen[layer.name].weight_bits <= 8:
+                entry = bank.get(layer, chosen[layer.name])
+                self.weights[layer.name] = torch.from_numpy(entry.dequantized())
+                if entry.shift is not None:
+                    bias = _own_bias(graph, layer) + entry.shift
+                    self.biases[layer.name] = torch.from_numpy(bias)
+        reads = {n for i in block.nodes for n in graph.nodes[i].input} & set(feeds[0])
+        rows = [{n: torch.from_numpy(feed[n]) for n in reads} for feed in feeds]
+        self.rows = _joined(
+            [{**r, "": torch.from_numpy(y)} for r, y in zip(rows, outputs, strict=True)]
+        )
+        variance = float(np.mean([part[""].var(correction=0) for part in self.rows]))
+        self.unit = max(variance, 1e-20)
+
+    def run(self) -> dict[str, QuantizedWeight]:
+        """Follow the gradient; the result only where held inputs agree."""
+        import torch
+
+        held, seen = [], []
+        for part in self.rows:
+            count = len(part[""])
+            cut = count - max(1, count // _HELD) if count > 1 else count
+            seen.append({n: v[:cut] for n, v in part.items()})
+            held.append({n: v[cut:] if cut < count else v for n, v in part.items()})
+        start = self._error(held)
+        spread = float(np.sqrt(self.unit))
+        groups: list[dict[str, Any]] = []
+        for found in self.tuned.values():
+            groups.append({"params": [found.codes], "peak": RATE})
+            groups.append(
+                {"params": [found.scale], "peak": RATE / 2 * float(found.scale.detach().mean())}
+            )
+            if found.bias is not None:
+                groups.append({"params": [found.bias], "peak": RATE / 2 * spread})
+        optimizer = torch.optim.Adam([{**g, "lr": g["peak"]} for g in groups])
+        generator = torch.Generator().manual_seed(0)
+        shares = torch.tensor([float(len(part[""])) for part in seen])
+        steps = int(np.clip(WORK / (3 * BATCH * max(1, self.graph.macs)), STEPS // 3, STEPS))
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * 0.5 * (1 + np.cos(np.pi * step / steps))
+            part = seen[int(torch.multinomial(shares, 1, generator=generator))]
+            rows = torch.randint(len(part[""]), (BATCH,), generator=generator)
+            loss = self._loss({n: v[rows] for n, v in part.items()}).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        if not self._error(held) < start:
+            return {}
+        return {name: found.result() for name, found in self.tuned.items()}
+
+    def _loss(self, part: Mapping[str, Any]) -> Any:
+        weights = {**self.weights, **{n: t.weight() for n, t in self.tuned.items()}}
+        biases = {**self.biases, **{n: t.bias for n, t in self.tuned.items() if t.bias is not None}}
+        feeds = {n: v for n, v in part.items() if n}
+        output = run_block(self.graph, self.block, feeds, weights, biases, self.grids)
+        return (output - part[""]) ** 2 / self.unit
+
+    def _error(self, parts: Sequence[Mapping[str, Any]]) -> float:
+        import torch
+
+        total, count = 0.0, 0
+        with torch.no_grad():
+            for part in parts:
+                for start in range(0, len(part[""]), BATCH):
+                    loss = self._loss({n: v[start : start + BATCH] for n, v in part.items()})
+                    total, count = total + float(loss.double().sum()), count + loss.numel()
+        return total / max(1, count)
+
+
+def _joined(parts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Batches of one shape as one, up to ``_BYTES`` of their largest tensor."""
+    import torch
+
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    for part in parts:
+        key = tuple((n, tuple(v.shape[1:])) for n, v in sorted(part.items()))
+        groups.setdefault(key, []).append(part)
+    found = []
+    for group in groups.values():
+        largest = max(v[0].numel() * v.element_size() for v in group[0].values())
+        most = max(BATCH, _BYTES // max(1, largest))
+        whole = {n: torch.cat([p[n] for p in group])[:most] for n in group[0]}
+        found.append({n: _dense(v) for n, v in whole.items()})
+    return found
+
+
+def _dense(values: Any) -> Any:
+    """Images with the channels last, which convolutions are faster on."""
+    import torch
+
+    if values.ndim != 4:
+        return values
+    return values.contiguous(memory_format=torch.channels_last)

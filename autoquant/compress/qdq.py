@@ -253,6 +253,20 @@ def grid(calibration: Calibration, tensor: str, bits: int, symmetric: bool, dial
     return Grid(scale, zero, 0, levels, _kind(bits))
 
 
+def tensor_grid(
+    graph: Graph, found: Plan, calibration: Calibration, tensor: str, bits: int, dialect: str
+) -> Grid:
+    """The grid that the artifact has for a tensor: that of its root, inside the root's Clip."""
+    root = found.roots.get(tensor, tensor)
+    symmetric = root in found.symmetric or dialect == "tensorrt"
+    result = grid(calibration, root, bits, symmetric, dialect)
+    producer = graph.producer.get(root)
+    if producer is None:
+        return result
+    bounds = clamp_bounds(graph.nodes[producer], graph.initializers)
+    return _within(result, bounds, symmetric) if bounds else result
+
+
 def _float32(value: float) -> float:
     return float(np.float32(max(value, 1e-12)))
 
@@ -345,16 +359,11 @@ class _Writer:
     # activations
 
     def _grid(self, tensor: str, bits: int) -> Grid:
-        root = self.plan.roots.get(tensor, tensor)
-        key = (root, bits)
+        key = (self.plan.roots.get(tensor, tensor), bits)
         if key not in self.grids:
-            symmetric = root in self.plan.symmetric or self.dialect == "tensorrt"
-            found = grid(self.calibration, root, bits, symmetric, self.dialect)
-            producer = self.graph.producer.get(root)
-            if producer is not None:
-                bounds = clamp_bounds(self.graph.nodes[producer], self.graph.initializers)
-                found = _within(found, bounds, symmetric) if bounds else found
-            self.grids[key] = found
+            self.grids[key] = tensor_grid(
+                self.graph, self.plan, self.calibration, tensor, bits, self.dialect
+            )
         return self.grids[key]
 
     def _dequantized(self, tensor: str, bits: int = 8) -> str:
