@@ -42,6 +42,7 @@ from autoquant.task import Array
 
 STRENGTH = 0.1  # λ: pull of the fit towards the float weight
 SAMPLES = 512  # calibration inputs that are seen
+TUNED = 5  # bits: a block is tuned if a layer of it has so many or fewer
 STEPS = 300  # of a block's tuning, fewer for large networks
 WORK = 1.2e12  # multiply-accumulates that decide what is large
 BATCH = 32
@@ -101,7 +102,8 @@ def polish(
             fitted[layer.name], entry = _refit(graph, layer, candidate, fit)
             polished.overrides[layer.name] = entry
             written = assemble(graph, candidate, calibration, polished, dialect)
-        if tune and changed:
+        low = any(candidate.choice(x.name).weight_bits <= TUNED for x in changed)
+        if tune and low:
             outputs = _values(graph.model, block.target, exact, workers)
             found = _tune(graph, block, changed, fitted, polished, grids, coarse, outputs)
             polished.overrides.update(found)
