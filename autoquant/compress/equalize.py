@@ -217,6 +217,7 @@ def _read_inside(graph: Graph) -> set[str]:
         name
         for node in graph.nodes
         for attribute in node.attribute
+        if attribute.HasField("g")
         for inner in attribute.g.node
         for name in inner.input
     }
