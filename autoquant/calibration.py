@@ -19,10 +19,12 @@ from autoquant.graph import Graph, Layer, attributes
 from autoquant.runtime import OnnxRuntime, OnnxSession
 from autoquant.task import Array, Split
 
-METHODS = ("minmax", "percentile", "mse", "entropy")
+METHODS = ("minmax", "percentile", "mse", "entropy", "downstream")
+WIDTHS = (4, 6, 8)  # that ``downstream`` finds ranges for
 BINS = 8192
 _BATCH_BYTES = 256 << 20  # of activations at a time
 _POSITIONS = 1 << 13  # of an input that its second moments see at least, where there are as many
+_COLUMNS = 1 << 18  # numbers a layer that ``downstream`` judges ranges on
 _SAMPLE = 1 << 16  # histogram samples a tensor and batch; minimum and maximum see every element
 
 
@@ -72,7 +74,8 @@ class Histogram:
         """The range to quantize to with ``bits``; it always contains zero.
 
         ``minmax``; ``percentile``: 99.99 % of the values; ``mse``: least squared error at
-        these bits (Choukroun et al. 2019); ``entropy``: least KL divergence (Migacz 2017).
+        these bits (Choukroun et al. 2019); ``entropy``: least KL divergence (Migacz 2017);
+        ``downstream``: as ``mse``, for tensors that no layer reads.
         """
         low, high = min(self.minimum, 0.0), max(self.maximum, 0.0)
         if not np.isfinite(low) or high - low < 1e-12:
@@ -85,7 +88,7 @@ class Histogram:
             first = centers[np.searchsorted(share, 5e-5)]
             last = centers[min(int(np.searchsorted(share, 1 - 5e-5)), len(centers) - 1)]
             return min(float(first), 0.0), max(float(last), 1e-6 if low == 0 else 0.0)
-        error = _squared_error if method == "mse" else _divergence
+        error = _divergence if method == "entropy" else _squared_error
         levels = 2**bits - 1
         best = (low, high)
         least = error(centers, counts, low, high, levels)
@@ -170,9 +173,19 @@ class Calibration:
 
 
 def calibrate(
-    graph: Graph, split: Split, *, method: str = "mse", moments: bool = False, threads: int = 0
+    graph: Graph,
+    split: Split,
+    *,
+    method: str = "mse",
+    moments: bool = False,
+    widths: Sequence[int] = WIDTHS,
+    threads: int = 0,
 ) -> Calibration:
-    """Run the float graph once over ``split``. Raises TaskError where data does not fit."""
+    """Run the float graph once over ``split``. Raises TaskError where data does not fit.
+
+    ``widths``: activation bits that ``downstream`` finds ranges for; it takes other widths'
+    ranges from the histogram, as ``mse`` does.
+    """
     if method not in METHODS:
         raise TaskError(f"calibration method {method!r}: {nearest(method, METHODS)}")
     tensors = [n for n in _activations(graph) if n not in graph.inputs]
@@ -188,6 +201,9 @@ def calibrate(
             if layer.kind != "Gather":
                 columns = Columns(layer, graph, rows_in_all)
                 sums[layer.name] = shared.setdefault(columns.key, _MomentSum(columns))
+    judges: dict[str, _Downstream] = {}
+    if method == "downstream":
+        judges = {n: _Downstream(graph, n, split) for n in histograms if _readers(graph, n)}
     outputs: list[list[Array]] = []
     per_sample = 4 * sum(graph.tensors[n].elements for n in tensors)
     rows = max(1, min(256, _BATCH_BYTES // max(1, per_sample)))
@@ -210,11 +226,38 @@ def calibrate(
                 ) from None
         for total in {id(s): s for s in sums.values()}.values():
             total.add(found[total.columns.layer.input])
+        for name, judge in judges.items():
+            judge.add(found[name])
         outputs.append([found[name] for name in graph.outputs])
     by_output = tuple(zip(*outputs, strict=True))
-    return Calibration(
-        histograms, {name: s.result() for name, s in sums.items()}, by_output, samples, method
-    )
+    ranges = {
+        (name, bits): judge.range(histograms[name], bits)
+        for name, judge in judges.items()
+        for bits in widths
+        if bits <= 8
+    }
+    results = {name: s.result() for name, s in sums.items()}
+    return Calibration(histograms, results, by_output, samples, method, ranges)
+
+
+def channel_peaks(
+    graph: Graph, split: Split, tensors: Sequence[str], threads: int = 0
+) -> dict[str, Array]:
+    """Largest magnitude of each channel of the last axis of some tensors, over ``split``."""
+    inner = [name for name in tensors if name not in graph.inputs]
+    if not tensors:
+        return {}
+    session = _open(graph, inner, threads)
+    peaks: dict[str, Array] = {}
+    per_sample = 4 * sum(graph.tensors[n].elements for n in inner)
+    rows = fixed_batch(graph) or max(1, min(256, _BATCH_BYTES // max(1, per_sample)))
+    for batch in rebatch(split.batches, rows, exact=bool(fixed_batch(graph))):
+        found = dict(zip(session.output_names, session.run(batch), strict=True))
+        found |= dict(zip(graph.inputs, batch, strict=True))
+        for name in tensors:
+            peak = np.abs(found[name]).reshape(-1, found[name].shape[-1]).max(axis=0)
+            peaks[name] = np.maximum(peaks.get(name, 0.0), peak)
+    return peaks
 
 
 def fixed_batch(graph: Graph) -> int | None:
@@ -297,6 +340,101 @@ class _MomentSum:
     def result(self) -> Moments:
         count = max(1, self.count)
         return Moments(np.asarray(self.second) / count, np.asarray(self.mean) / count, self.count)
+
+
+def _readers(graph: Graph, tensor: str) -> list[Layer]:
+    """Layers that multiply a tensor."""
+    found = [graph.by_node.get(index) for index in graph.consumers.get(tensor, ())]
+    return [x for x in found if x is not None and x.input == tensor and x.kind != "Gather"]
+
+
+class _Downstream:
+    """The error that quantizing a tensor makes in what reads it, on some of its columns.
+
+    The sum over the layers that read it of ``‖W (x − Q(x))‖² / ‖W x‖²``, and of
+    ``‖x − Q(x)‖² / ‖x‖²`` for its other readers taken together.
+    """
+
+    def __init__(self, graph: Graph, tensor: str, split: Split) -> None:
+        self.samples = split.samples
+        layers = _readers(graph, tensor)
+        self.columns = {c.key: c for c in (Columns(x, graph, split.samples) for x in layers)}
+        self.weights: dict[str, list[Array]] = {key: [] for key in self.columns}
+        for layer in layers:
+            weight = graph.array(layer.weight)
+            columns = Columns(layer, graph, split.samples)
+            if layer.kind == "ConvTranspose":  # (I, O/g, k)
+                laid = weight.reshape(layer.group, weight.shape[0] // layer.group, -1)
+                laid = laid.transpose(0, 2, 1)
+            else:
+                laid = np.moveaxis(weight, layer.channel_axis, 0)
+                laid = laid.reshape(layer.group, -1, columns.inputs)
+            self.weights[columns.key].append(laid)
+        self.others = len(layers) < len(graph.consumers[tensor]) or tensor in graph.outputs
+        self.kept: dict[str, list[Any]] = {key: [] for key in self.columns}
+
+    def add(self, values: Array) -> None:
+        """Keep some columns of a batch: several of each of some samples."""
+        import torch
+
+        for key, columns in self.columns.items():
+            count = int(np.clip(_COLUMNS / (columns.inputs * columns.layer.group), 128, 4096))
+            most = int(np.ceil(count * values.shape[0] / max(1, self.samples)))
+            rows = values
+            if columns.layer.kind not in ("Gemm", "MatMul"):
+                rows = values[:: max(1, 16 * values.shape[0] // most)]
+            found = _columns(columns.layer, columns.attributes, torch.from_numpy(rows), most)
+            self.kept[key].append(found.clone(memory_format=torch.contiguous_format))
+
+    def range(self, histogram: Histogram, bits: int) -> tuple[float, float]:
+        """The range of least error; it contains zero."""
+        low, high = histogram.range("minmax", bits)
+        levels = 2**bits - 1
+        parts = [self._part(key) for key in self.columns]
+        best, least = (low, high), _total(parts, low, high, levels)
+        for side in ("both", "low", "high") if low < 0 < high else ("both",):
+            start, width = best, 0.85 if bits < 8 else 0.6
+            factors = np.linspace(1.0, 1.0 - width, 11)[1:]
+            for step in (width / 10, width / 40):  # coarse, then around the best
+                at = 1.0
+                for factor in factors:
+                    trial = (
+                        start[0] * (factor if side != "high" else 1.0),
+                        start[1] * (factor if side != "low" else 1.0),
+                    )
+                    value = _total(parts, *trial, levels)
+                    if value < least:
+                        least, best, at = value, trial, float(factor)
+                factors = at + step / 4 * np.array([-3, -2, -1, 1, 2, 3])
+                factors = factors[factors <= 1.0]
+        return best
+
+    def _part(self, key: str) -> tuple[Any, Any, float]:
+        """Columns x, factors R with ``RᵀR = Σ WᵀW / ‖W x‖²``, and the weight of ``‖x − Q(x)‖²``."""
+        import torch
+
+        x = torch.cat(self.kept[key], dim=2)
+        rows = []
+        for weight in self.weights[key]:
+            found = torch.from_numpy(np.array(weight, order="C"))
+            power = float(((found @ x) ** 2).sum())
+            rows.append(found / max(power, 1e-30) ** 0.5)
+        joined = torch.cat(rows, dim=1)
+        if joined.shape[1] > joined.shape[2]:
+            joined = torch.linalg.qr(joined.double(), mode="r").R.float()
+        share = 1.0 / max(float((x**2).sum()), 1e-30) / len(self.columns) if self.others else 0.0
+        return x, joined, share
+
+
+def _total(parts: Sequence[tuple[Any, Any, float]], low: float, high: float, levels: int) -> float:
+    scale = max((high - low) / levels, 1e-12)
+    zero = float(np.clip(round(-low / scale), 0, levels))
+    total = 0.0
+    for x, factors, share in parts:
+        gap = x - (x / scale).round().clamp(-zero, levels - zero) * scale
+        total += float(((factors @ gap) ** 2).sum())
+        total += share * float((gap**2).sum()) if share else 0.0
+    return total
 
 
 def _columns(layer: Layer, found: dict[str, Any], x: Any, most: int) -> Any:

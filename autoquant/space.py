@@ -106,13 +106,16 @@ def _known(value: tuple[int, ...], valid: tuple[int, ...]) -> tuple[int, ...]:
 class Space(document.Document):
     """What a search may choose: for each layer the last rule that matches it decides.
 
-    A layer that no rule matches stays float.
+    A layer that no rule matches stays float. ``equalize`` and ``smooth`` (its alpha, 0 to 1)
+    rescale the float network before it is calibrated; its outputs stay.
     """
 
     name: str = ""
     description: str = ""
-    calibration: Literal["minmax", "percentile", "mse", "entropy"] = "mse"
+    calibration: Literal["minmax", "percentile", "mse", "entropy", "downstream"] = "mse"
     rounding: Literal["nearest", "second-order"] = "second-order"
+    equalize: bool = False
+    smooth: float | None = Field(default=None, ge=0, le=1)
     rules: tuple[Rule, ...] = Field(min_length=1)
 
     def choices(self, layers: Iterable[NamedLayer]) -> dict[str, tuple[LayerChoice, ...]]:

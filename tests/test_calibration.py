@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from autoquant.calibration import BINS, METHODS, Histogram, calibrate, fixed_batch, rebatch
+from autoquant.calibration import (
+    BINS,
+    METHODS,
+    WIDTHS,
+    Histogram,
+    calibrate,
+    channel_peaks,
+    fixed_batch,
+    rebatch,
+)
 from autoquant.errors import ModelError, TaskError
 from autoquant.graph import attributes
 from autoquant.task import Array, Split
@@ -391,3 +401,105 @@ def test_embeddings_have_no_moments_and_none_are_made_unasked() -> None:
     found = calibrate(net.graph, net.split, moments=True)
     assert set(found.moments) == {"query", "key", "head"}
     assert net.calibration.moments == {}
+
+
+# --- ranges by the error downstream ----------------------------------------------------------
+
+
+def _read_by(weight: Array, data: Array) -> Network:
+    model = build(
+        [node("MatMul", ["x", "w"], ["y"], name="l")], {"w": weight}, {"x": ["N", 8]}, "y"
+    )
+    return network(model, data)
+
+
+def _spiky() -> tuple[Array, Array]:
+    """Normal values with rare ones of 20 in channel 0; a weight for the 8 channels."""
+    generator = np.random.default_rng(5)
+    data = generator.normal(size=(4000, 8)).astype(np.float32)
+    data[::400, 0] = 20.0
+    return data, generator.normal(size=(8, 3)).astype(np.float32)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_what_no_weight_reads_is_clipped(bits: int) -> None:
+    data, weight = _spiky()
+    weight[0] = 0.0
+    net = _read_by(weight, data)
+    found = calibrate(net.graph, net.split, method="downstream", threads=1)
+    assert found.range("x", bits)[1] < 8 < calibrate(net.graph, net.split).range("x", 8)[1]
+
+
+def test_what_weights_amplify_is_kept() -> None:
+    data, weight = _spiky()
+    weight[0] *= 30
+    net = _read_by(weight, data)
+    assert calibrate(net.graph, net.split).range("x", 4)[1] < 10
+    found = calibrate(net.graph, net.split, method="downstream", threads=1)
+    assert found.range("x", 4)[1] > 15
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("name", [*CONVOLUTIONS, *TRANSPOSED, *PRODUCTS])
+def test_the_outputs_are_no_worse_than_with_other_ranges(name: str, bits: int) -> None:
+    net = NETWORKS[name]()
+    tensor = net.graph.layers[0].input
+    low = min(float(net.inputs[0].min()), 0.0)
+
+    def error(method: str) -> float:
+        """Of the layer's outputs, its input on the calibrated grid."""
+        start, end = calibrate(net.graph, net.split, method=method, threads=1).range(tensor, bits)
+        assert low <= start <= 0 <= end
+        scale = (end - start) / (2**bits - 1)
+        zero = round(-start / scale)
+        steps = np.clip(np.round(net.inputs[0] / scale), -zero, 2**bits - 1 - zero)
+        (found,) = run(net.graph.model, (steps * scale).astype(np.float32))
+        return float(((found - net.reference[0]) ** 2).mean())
+
+    found = error("downstream")  # judged without the Relu, on some positions
+    assert found <= 1.1 * min(error("minmax"), error("mse"))
+
+
+def test_readers_other_than_layers_count_too() -> None:
+    """A skip connection needs what the layer beside it ignores."""
+    data, weight = _spiky()
+    weight[0] = 0.0
+    nodes = [
+        node("MatMul", ["x", "w"], ["m"], name="l"),
+        node("MatMul", ["x", "v"], ["n"], name="k"),
+        node("Concat", ["m", "n", "x"], ["y"], axis=1),
+    ]
+    model = build(nodes, {"w": weight, "v": weight[::-1].copy()}, {"x": ["N", 8]}, ["y"])
+    net = network(model, data)
+    assert calibrate(net.graph, net.split, method="downstream").range("x", 8)[1] > 15
+
+
+def test_ranges_downstream_survive_without_moments() -> None:
+    net = NETWORKS["residual"]()
+    whole = calibrate(net.graph, net.split, method="downstream", moments=True, threads=1)
+    sent = pickle.loads(pickle.dumps(whole.without_moments()))
+    again = calibrate(net.graph, net.split, method="downstream", threads=1)
+    for layer in net.graph.layers:
+        for bits in WIDTHS:
+            expected = whole.range(layer.input, bits)
+            assert sent.range(layer.input, bits) == again.range(layer.input, bits) == expected
+
+
+def test_a_width_that_was_not_asked_for_has_the_range_of_mse() -> None:
+    net = NETWORKS["chain"]()
+    found = calibrate(net.graph, net.split, method="downstream", widths=[8], threads=1)
+    mse = calibrate(net.graph, net.split, method="mse", threads=1)
+    assert found.range("r0", 4) == mse.range("r0", 4)
+    assert found.range("r4", 8) == mse.range("r4", 8)  # no layer reads it
+
+
+# --- largest magnitudes ----------------------------------------------------------------------
+
+
+def test_peaks_are_those_of_every_sample() -> None:
+    net = NETWORKS["text"]()
+    found = channel_peaks(net.graph, net.split, ["e", "mask"], 1)
+    words = net.graph.array("words.weight")[net.inputs[0]]
+    np.testing.assert_array_equal(found["e"], np.abs(words).max(axis=(0, 1)))
+    np.testing.assert_array_equal(found["mask"], np.abs(net.inputs[1]).max(axis=(0, 1)))
+    assert channel_peaks(net.graph, net.split, []) == {}

@@ -16,7 +16,18 @@ import optuna
 import pytest
 import yaml
 from conftest import run as execute
-from small_task import LAYERS, SPACE, TWO, batches, model, profile, settings, task, uniform
+from small_task import (
+    LAYERS,
+    SPACE,
+    TWO,
+    batches,
+    context,
+    model,
+    profile,
+    settings,
+    task,
+    uniform,
+)
 
 from autoquant.candidate import Candidate
 from autoquant.errors import (
@@ -174,6 +185,27 @@ def test_a_run_says_how_to_repeat_it(finished: tuple[Path, Front]) -> None:
     environment = json.loads((run(folder) / "environment.json").read_text())
     assert environment["versions"]["optuna"] == optuna.__version__
     assert {"python", "cpu", "onnxruntime", "time"} <= set(environment)
+
+
+def test_a_rescaled_network_keeps_its_names_baseline_and_files(tmp_path: Path) -> None:
+    """The settings reach study.yaml; resuming with them rebuilds the same files."""
+    changes = {"equalize": True, "smooth": 0.5, "calibration": "downstream"}
+    space = SPACE.model_copy(update=changes)
+    plain, scaled = context(tmp_path), context(tmp_path, space)
+    assert scaled.graph.fingerprint != scaled.original.fingerprint == plain.graph.fingerprint
+    assert scaled.evaluator.reference is not None and plain.evaluator.reference is not None
+    assert scaled.evaluator.reference.value == plain.evaluator.reference.value
+    assert set(scaled.choices) == set(plain.choices)
+    assert scaled.compress(uniform(8)).model != plain.compress(uniform(8)).model
+    search(task(tmp_path), settings(tmp_path, space=space, trials=3))
+    study = yaml.safe_load((run(tmp_path) / "study.yaml").read_text())
+    again = Space.model_validate(study["space"])
+    assert again == space
+    front = search(task(tmp_path), settings(tmp_path, space=again, trials=5, resume=True))
+    made = context(tmp_path, again)
+    for member in front.members:
+        artifact = run(tmp_path) / "artifacts" / f"{member.trial}.onnx"
+        assert artifact.read_bytes() == made.compress(member.candidate).model
 
 
 def test_the_same_seed_finds_the_same(finished: tuple[Path, Front], tmp_path: Path) -> None:

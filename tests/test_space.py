@@ -171,3 +171,17 @@ def test_a_space_is_named_after_its_file_unless_it_says(tmp_path: Path) -> None:
 def test_an_unknown_space_offers_what_is_close() -> None:
     with pytest.raises(SpaceError, match="did you mean 'mixed'"):
         load_space("mixd")
+
+
+def test_rescalings_are_off_unless_asked_for(tmp_path: Path) -> None:
+    plain = _space(tmp_path, "rules: [{weight_bits: 8}]")
+    assert (plain.equalize, plain.smooth) == (False, None)
+    text = "equalize: true\nsmooth: 0.5\ncalibration: downstream\nrules: [{weight_bits: 8}]"
+    found = _space(tmp_path, text)
+    assert (found.equalize, found.smooth, found.calibration) == (True, 0.5, "downstream")
+
+
+@pytest.mark.parametrize("value", ["-0.1", "1.5", "much"])
+def test_alpha_lies_between_0_and_1(tmp_path: Path, value: str) -> None:
+    with pytest.raises(SpaceError, match=r"own.yaml:1: smooth"):
+        _space(tmp_path, f"smooth: {value}\nrules: [{{weight_bits: 8}}]")

@@ -340,7 +340,7 @@ def _front(
     corner = reference_point(context.baseline, reference.value, objectives)
     members = members_of(results, objectives)
     volume = relative_hypervolume(members, corner, reference.value)
-    model = float_model(context.graph)
+    model = float_model(context.original)
     baseline: dict[str, Any] = {
         "accuracy": reference.value,
         "test_accuracy": None,
@@ -381,10 +381,10 @@ def _verify(
     test = _test_evaluator(task, context)
     if test is not None:
         baseline["test_accuracy"] = test.set_reference(
-            runtime.open(float_model(context.graph))
+            runtime.open(float_model(context.original))
         ).value
     inputs = latency_inputs(task, context.graph, settings.batch)
-    sessions = {"float": runtime.open(float_model(context.graph), settings.threads)}
+    sessions = {"float": runtime.open(float_model(context.original), settings.threads)}
     scores = {}
     for member in members:
         path = folder / "artifacts" / f"{member.trial}.onnx"

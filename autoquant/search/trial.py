@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from autoquant.calibration import Calibration, calibrate, fixed_batch
+from autoquant.calibration import Calibration, calibrate, channel_peaks, fixed_batch
 from autoquant.candidate import Candidate, LayerChoice
 from autoquant.compress import Artifact, compress
 from autoquant.compress.bank import Bank
+from autoquant.compress.equalize import cross_layer_equalization, smooth, smoothed_tensors
 from autoquant.compress.lower import lower
 from autoquant.compress.polish import polish
 from autoquant.compress.qdq import mode, resolve
@@ -64,9 +65,11 @@ class Context:
 
     ``sample``: up to eight calibration inputs. ``probe``: calibration inputs to compare
     outputs on; images are mixed in pairs, since networks know their training images.
-    ``inputs``: the calibration batches, which polishing runs.
+    ``inputs``: the calibration batches, which polishing runs. ``original``: the float network as
+    it came; ``graph`` is what the space's rescalings made of it, and computes the same.
     """
 
+    original: Graph
     graph: Graph
     calibration: Calibration
     bank: Bank
@@ -127,8 +130,11 @@ def prepare(
     device = load_hardware(hardware)
     found_space = None if isinstance(space, Candidate) else load_space(space)
     calibration_split, validation = task.split("calibration"), task.split("validation")
+    settings = found_space or Space(rules=(Rule(),))
+    workers = evaluation_workers or os.cpu_count() or 1
     say("lowering the network to ONNX")
-    graph = lower(task)
+    original = lower(task)
+    graph = _rescaled(original, settings, calibration_split, workers)
     if isinstance(space, Candidate):
         resolved = resolve(graph, space)
         choices: dict[str, tuple[LayerChoice, ...]] = {
@@ -137,17 +143,16 @@ def prepare(
     else:
         assert found_space is not None
         choices = _effective(found_space.choices(graph.layers), graph)
-    workers = evaluation_workers or os.cpu_count() or 1
     say(f"scoring the float network on {validation.samples:,} validation samples")
     evaluator = evaluator_for(task, graph, "validation", workers=workers, seed=seed)
-    evaluator.set_reference(RUNTIMES[device.runtime]().open(float_model(graph)))
+    evaluator.set_reference(RUNTIMES[device.runtime]().open(float_model(original)))
     say(f"calibrating on {calibration_split.samples:,} samples")
-    settings = found_space or Space(rules=(Rule(),))
     calibration = calibrate(
         graph,
         calibration_split,
         method=settings.calibration,
         moments=ROUNDINGS[settings.rounding].needs_moments,
+        widths=sorted({8, *(c.activation_bits for found in choices.values() for c in found)}),
         threads=workers,
     )
     bank = Bank(graph, settings.rounding, calibration)
@@ -166,6 +171,7 @@ def prepare(
     cost = CostModel(graph, device.dialect, predictor, bank)
     baseline = cost.predict(resolve(graph, Candidate()))
     return Context(
+        original=original,
         graph=graph,
         calibration=calibration.without_moments(),
         bank=bank,
@@ -179,6 +185,16 @@ def prepare(
         probe=_probe(calibration_split, graph),
         inputs=calibration_split.batches,
     )
+
+
+def _rescaled(graph: Graph, settings: Space, split: Split, workers: int) -> Graph:
+    """The network as the space's ``equalize`` and ``smooth`` rescale it."""
+    if settings.equalize:
+        graph = cross_layer_equalization(graph)
+    if settings.smooth is not None:
+        peaks = channel_peaks(graph, split, smoothed_tensors(graph), workers)
+        graph = smooth(graph, peaks, settings.smooth)
+    return graph
 
 
 def _probe(split: Split, graph: Graph) -> tuple[Array, ...]:
@@ -354,6 +370,6 @@ def score_candidate(
     evaluator = context.evaluator
     if split != "validation":
         evaluator = evaluator_for(task, context.graph, split)
-        evaluator.set_reference(OnnxRuntime().open(float_model(context.graph)))
+        evaluator.set_reference(OnnxRuntime().open(float_model(context.original)))
     score = evaluator.score(RUNTIMES[context.hardware.runtime]().open(artifact.model))
     return Scored(artifact, context.cost.predict(artifact.candidate), score)
