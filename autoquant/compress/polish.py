@@ -16,8 +16,13 @@ import numpy as np
 import onnx
 
 from autoquant.calibration import Calibration, Columns, Moments, rebatch
-from autoquant.candidate import Candidate
-from autoquant.compress.bank import Bank, QuantizedWeight, take_spread_and_mean
+from autoquant.candidate import Candidate, block_size
+from autoquant.compress.bank import (
+    Bank,
+    QuantizedWeight,
+    storable_scale,
+    take_spread_and_mean,
+)
 from autoquant.compress.qdq import assemble
 from autoquant.compress.rounding import SecondOrder
 from autoquant.graph import Graph, Layer, prefix
@@ -59,11 +64,17 @@ def polish(
             fit.add(*pair)
         weight, moments, mean, spread = fit.solve()
         values, scale = rounding(weight, choice.weight_bits, choice.granularity, moments)
-        scale, shift = take_spread_and_mean(values, scale, moments, spread, mean)
+        block = block_size(choice.granularity)
+        scale, shift = take_spread_and_mean(values, scale, moments, spread, mean, block)
         rows = np.moveaxis(graph.array(layer.weight), layer.channel_axis, 0)
         laid = np.moveaxis(values.reshape(rows.shape), 0, layer.channel_axis).astype(np.int8)
         polished.overrides[layer.name] = QuantizedWeight(
-            np.ascontiguousarray(laid), scale, choice.weight_bits, layer.channel_axis, shift
+            np.ascontiguousarray(laid),
+            storable_scale(scale, block),
+            choice.weight_bits,
+            layer.channel_axis,
+            shift,
+            block=block,
         )
     return polished
 
