@@ -212,6 +212,6 @@ def test_packed_blocks_are_the_integers_low_index_in_low_bits(bits: int) -> None
     packed = entry.packed_blocks()
     assert packed.shape == (96, 3, 32 * bits // 8) and packed.dtype == np.uint8
     for channel, index in ((0, 0), (5, 33), (95, 69)):
-        byte = packed[channel, index // 32, index % 32 * bits // 8]
+        byte = int(packed[channel, index // 32, index % 32 * bits // 8])
         code = byte >> (index * bits % 8) & (2**bits - 1)
         assert code - 2 ** (bits - 1) == entry.values[index, channel]
