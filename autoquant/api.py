@@ -164,7 +164,7 @@ def inspect(task: Task | str, data: str | None = None) -> dict[str, Any]:
         "outputs": {name: list(graph.tensors[name].shape) for name in graph.outputs},
         "macs": graph.macs,
         "parameters": sum(layer.parameters for layer in graph.layers),
-        "layers": [layer.to_dict() for layer in graph.layers],
+        "layers": [layer.to_dict() for layer in (*graph.layers, *graph.products)],
     }
 
 

@@ -16,7 +16,13 @@ from autoquant.errors import CandidateError, nearest
 
 WEIGHT_BITS = (2, 3, 4, 5, 6, 7, 8, 16, 32)
 ACTIVATION_BITS = (4, 6, 8, 16, 32)
-GRANULARITIES = ("channel", "tensor")
+GRANULARITIES = ("channel", "tensor", "block32", "block64", "block128")
+NBITS = (2, 4, 8)  # weight bits that MatMulNBits runs
+
+
+def block_size(granularity: str) -> int:
+    """Weights that share a scale along the inputs of a channel; 0 where a channel has one."""
+    return int(granularity.removeprefix("block")) if granularity.startswith("block") else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +32,14 @@ class LayerChoice:
     ``weight_bits``: 2…8 integers, 16 (float16 storage, or integers with ``int16``), 32 float.
     ``activation_bits``: of the layer's *input*: 4, 6 (clipped), 8, 16, or 32 (float).
     Weights below 32 with activations at 32 are *weight-only*: small file, float kernel.
-    ``granularity``: one weight scale a ``channel`` or a ``tensor``.
+    ``granularity``: one weight scale a ``channel``, a ``tensor``, or each ``block32``,
+    ``block64`` or ``block128`` inputs of a channel (the last block may be short). Kernels for
+    8-bit activations have one scale a channel: blocks are for float kernels and ``nbits``.
     ``symmetric``: the input's zero point is fixed at the middle of the range.
     ``dynamic``: the input's range is taken at run time (Gemm and MatMul, 8-bit activations).
+    ``nbits``: the kernel reads the packed weights, 2, 4 or 8 bits in blocks (Gemm and MatMul,
+    onnxruntime's MatMulNBits): fast for few rows. It computes in float, or with
+    ``activation_bits`` 8 in integers, each block of the input on a grid taken at run time.
     """
 
     weight_bits: int = 32
@@ -37,6 +48,7 @@ class LayerChoice:
     symmetric: bool = False
     dynamic: bool = False
     int16: bool = False
+    nbits: bool = False
 
     def __post_init__(self) -> None:
         for name, valid in (
@@ -47,13 +59,27 @@ class LayerChoice:
             value = getattr(self, name)
             if type(value) is not type(valid[0]) or value not in valid:
                 raise CandidateError(f"{name} is {value!r}; it can be {', '.join(map(str, valid))}")
-        for name in ("symmetric", "dynamic", "int16"):
+        for name in ("symmetric", "dynamic", "int16", "nbits"):
             if not isinstance(getattr(self, name), bool):
                 raise CandidateError(f"{name} is {getattr(self, name)!r}; it can be true, false")
         if self.dynamic and (self.activation_bits != 8 or self.weight_bits > 8):
             raise CandidateError(
                 f"dynamic needs activation_bits 8 and weight_bits of 8 or fewer, not "
                 f"{self.activation_bits} and {self.weight_bits}"
+            )
+        block = block_size(self.granularity)
+        if self.nbits and not (
+            block and self.weight_bits in NBITS and self.activation_bits in (8, 32)
+        ):
+            raise CandidateError(
+                f"nbits needs weight_bits 2, 4 or 8, activation_bits 8 or 32 and granularity "
+                f"block32, block64 or block128, not {self.weight_bits}, {self.activation_bits} "
+                f"and {self.granularity}"
+            )
+        if block and not self.nbits and max(self.weight_bits, self.activation_bits) <= 8:
+            raise CandidateError(
+                f"granularity {self.granularity!r} needs activation_bits 16 or 32, or nbits: "
+                f"kernels with {self.activation_bits}-bit inputs have one weight scale a channel"
             )
 
     @property
@@ -94,7 +120,8 @@ class LayerChoice:
         if self.is_float:
             return "float"
         extra = [self.granularity] if self.granularity != "channel" else []
-        extra += [name for name in ("symmetric", "dynamic", "int16") if getattr(self, name)]
+        flags = ("symmetric", "dynamic", "int16", "nbits")
+        extra += [name for name in flags if getattr(self, name)]
         return " ".join([f"{self.weight_bits}/{self.activation_bits}", *extra])
 
 

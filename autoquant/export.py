@@ -27,7 +27,7 @@ from pydantic import ConfigDict, ValidationError
 
 from autoquant.candidate import Candidate, LayerChoice
 from autoquant.compress.lower import lower
-from autoquant.compress.readback import read_bits
+from autoquant.compress.readback import is_product, read_bits, unpack_blocks
 from autoquant.compress.rounding import integer_range
 from autoquant.document import Document
 from autoquant.errors import PackageError, RunError, UserError
@@ -722,7 +722,9 @@ def _layer_problems(model: onnx.ModelProto, candidate: Candidate, manifest: Mani
         if node.op_type != manifest.layers[name].kind:
             kind = manifest.layers[name].kind
             problems.append(f"{where} is a {node.op_type}, the manifest says {kind}")
-        if (node.op_type == "MatMulInteger") != choice.dynamic:
+        if (node.op_type == "MatMulNBits") != choice.nbits:
+            problems.append(f"{where}: n-bit kernel or not: not as candidate.yaml says")
+        if (node.op_type == "MatMulInteger") != (choice.dynamic and not choice.nbits):
             problems.append(f"{where}: range at run time or not: not as candidate.yaml says")
         if weight_bits != choice.weight_bits:
             problems.append(
@@ -738,7 +740,8 @@ def _layer_problems(model: onnx.ModelProto, candidate: Candidate, manifest: Mani
                 f"{where} has activations of {activation_bits} bits, "
                 f"candidate.yaml says {choice.activation_bits}"
             )
-        problems += [f"{where}: {p}" for p in _weight_problems(weights[name], choice)]
+        if name in weights:
+            problems += [f"{where}: {p}" for p in _weight_problems(weights[name], choice)]
     return problems
 
 
@@ -759,13 +762,21 @@ def _weight_problems(weight: Array, choice: LayerChoice) -> list[str]:
 
 
 def _stored_weights(model: onnx.ModelProto, layers: Iterable[str]) -> dict[str, Array]:
-    """The stored numbers of every layer's weight, packed ones as the file itself unpacks them."""
+    """The stored numbers of every layer's weight, packed ones as the file itself unpacks them.
+
+    Products of activations have none.
+    """
     nodes = {node.name: node for node in model.graph.node}
     producers = {name: node for node in model.graph.node for name in node.output}
     initializers = {i.name: i for i in model.graph.initializer}
-    sources = {}
+    sources, blocked = {}, {}
     for layer in layers:
         node = nodes[layer]
+        if node.op_type == "MatMulNBits":
+            blocked[layer] = unpack_blocks(node, initializers)
+            continue
+        if is_product(node, producers, initializers):
+            continue
         tensor = node.input[0 if node.op_type == "Gather" else 1]
         while tensor in producers and producers[tensor].op_type in _TO_STORED:
             tensor = producers[tensor].input[0]
@@ -775,7 +786,7 @@ def _stored_weights(model: onnx.ModelProto, layers: Iterable[str]) -> dict[str, 
     for tensor in sources.values():
         if tensor not in values:
             values[tensor] = numpy_helper.to_array(initializers[tensor])
-    return {layer: values[tensor] for layer, tensor in sources.items()}
+    return blocked | {layer: values[tensor] for layer, tensor in sources.items()}
 
 
 _TO_STORED = ("DequantizeLinear", "Mul", "Cast", "Transpose")  # between a weight and its layer
@@ -896,8 +907,9 @@ def _difference(value: Array, recorded: Array) -> float:
 def _accuracy(task: Task, session: OnnxSession, manifest: Manifest) -> dict[str, Any]:
     """Score the model on the split of the manifest's figures. Raises PackageError, TaskError."""
     graph = lower(task)
-    if set(graph.by_name) != set(manifest.layers):
-        names = sorted(set(graph.by_name) ^ set(manifest.layers))
+    products = {layer.name for layer in graph.products}
+    names = sorted((set(graph.by_name) ^ set(manifest.layers)) - products)
+    if names:
         raise PackageError(
             f"{MANIFEST}: layer {names[0]!r} is not both in it and in task {task.name!r}: "
             f"the package was made for task {manifest.task!r}"

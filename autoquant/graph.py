@@ -27,6 +27,7 @@ OPSET = 21
 MAX_OPSET = 26
 IR_VERSION = 10
 LAYER_KINDS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Gather")
+PRODUCT = "Product"  # kind of a MatMul of two activations
 _QUANTIZED_OPS = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger")
 
 
@@ -37,7 +38,8 @@ class Layer:
     ``input`` and ``output`` are tensor names; the output is that of the whole unit: the bias
     Add of a MatMul and the Relu or Clip behind a layer belong to it (``absorbed``: their
     indices). Shapes are at batch 1. ``channel_axis`` is the weight's output axis. ``macs``
-    are multiply-accumulates for one sample.
+    are multiply-accumulates for one sample. A product of two activations (kind ``Product``)
+    has no weight but a second input, ``other``, whose shape is ``weight_shape``.
     """
 
     name: str
@@ -54,11 +56,17 @@ class Layer:
     channel_axis: int
     group: int
     macs: int
+    other: str = ""
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The activations that it reads: one, or two for a product."""
+        return (self.input, self.other) if self.other else (self.input,)
 
     @property
     def parameters(self) -> int:
         """Number of weights, without the bias."""
-        return math.prod(self.weight_shape)
+        return math.prod(self.weight_shape) if self.weight else 0
 
     @property
     def channels(self) -> int:
@@ -97,9 +105,11 @@ class Tensor:
 class Graph:
     """A normalized float network. Treat it as immutable; it pickles.
 
+    ``products``: the MatMuls of two activations (attention). They are no layers, since they
+    have no weights, but `by_name` and `by_node` know them too: their inputs can be quantized.
     ``hidden``: tensors that a layer's unit keeps to itself. ``producer``: tensor → node index;
     ``consumers``: tensor → node indices in order.
-    ``other_macs``: of products between activations (attention), for one sample.
+    ``other_macs``: of products between activations, for one sample.
     """
 
     def __init__(
@@ -113,15 +123,17 @@ class Graph:
         self.inputs = tuple(i.name for i in model.graph.input)
         self.outputs = tuple(o.name for o in model.graph.output)
         self.producer, self.consumers = _edges(self.nodes)
-        self.by_name = {layer.name: layer for layer in self.layers}
-        self.by_node = {layer.node: layer for layer in self.layers}
+        self.products = _find_products(self.nodes, self.initializers, tensors, self.layers)
+        self.by_name = {layer.name: layer for layer in (*self.layers, *self.products)}
+        self.by_node = {layer.node: layer for layer in (*self.layers, *self.products)}
         written = {self.nodes[i].output[0] for x in self.layers for i in (x.node, *x.absorbed)}
         self.hidden = frozenset(written - {layer.output for layer in self.layers})
         self.fingerprint = hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()[
             :16
         ]
+        known = {layer.node for layer in self.layers}
         self.other_macs = sum(
-            _product_macs(n, tensors) for i, n in enumerate(self.nodes) if i not in self.by_node
+            _product_macs(n, tensors) for i, n in enumerate(self.nodes) if i not in known
         )
         self._arrays: dict[str, Array] = {}
 
@@ -564,7 +576,7 @@ def _run_once(model: onnx.ModelProto, example: Sequence[Array], where: str) -> d
     return tensors
 
 
-def _product_macs(node: onnx.NodeProto, tensors: dict[str, Tensor]) -> int:
+def _product_macs(node: onnx.NodeProto, tensors: Mapping[str, Tensor]) -> int:
     if node.op_type != "MatMul" or any(n not in tensors for n in node.input):
         return 0
     return tensors[node.output[0]].elements * tensors[node.input[0]].shape[-1]
@@ -661,6 +673,47 @@ def _find_layers(model: onnx.ModelProto, tensors: dict[str, Tensor]) -> list[Lay
             )
         )
     return layers
+
+
+def _find_products(
+    nodes: Sequence[onnx.NodeProto],
+    initializers: Container[str],
+    tensors: Mapping[str, Tensor],
+    layers: Sequence[Layer],
+) -> tuple[Layer, ...]:
+    """MatMuls of two different float activations, under their nodes' names."""
+    taken, found = {layer.name for layer in layers}, []
+    for index, node in enumerate(nodes):
+        inputs = list(node.input)
+        if node.op_type != "MatMul" or len(set(inputs)) != 2:
+            continue
+        is_float = all(n in tensors and tensors[n].dtype == "float32" for n in inputs)
+        if not is_float or any(n in initializers for n in inputs) or node.name in taken:
+            continue
+        left, right = (tensors[n].shape for n in inputs)
+        output = node.output[0]
+        if min(len(left), len(right)) < 2 or output not in tensors or not node.name:
+            continue
+        found.append(
+            Layer(
+                name=node.name,
+                kind=PRODUCT,
+                node=index,
+                weight="",
+                bias=None,
+                input=inputs[0],
+                output=output,
+                absorbed=(),
+                input_shape=left,
+                output_shape=tensors[output].shape,
+                weight_shape=right,
+                channel_axis=len(right) - 1,
+                group=1,
+                macs=_product_macs(node, tensors),
+                other=inputs[1],
+            )
+        )
+    return tuple(found)
 
 
 def clamp_bounds(

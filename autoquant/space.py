@@ -11,7 +11,14 @@ from typing import Literal, Protocol
 from pydantic import Field, field_validator
 
 from autoquant import document
-from autoquant.candidate import ACTIVATION_BITS, FLOAT, WEIGHT_BITS, LayerChoice
+from autoquant.candidate import (
+    ACTIVATION_BITS,
+    FLOAT,
+    NBITS,
+    WEIGHT_BITS,
+    LayerChoice,
+    block_size,
+)
 from autoquant.errors import CandidateError, SpaceError
 
 
@@ -25,27 +32,34 @@ class NamedLayer(Protocol):
 
     @property
     def kind(self) -> str:
-        """Its ONNX operator."""
+        """Its ONNX operator, or Product."""
         ...
 
 
 class Rule(document.Document):
-    """Choices for the layers that it matches: every pair of the two bit widths, and float."""
+    """Choices for the layers that it matches: every pair of the two bit widths, and float.
+
+    Products of two activations (kind ``Product``) are matched where ``kinds`` names them; of
+    the rule they take ``activation_bits`` 8 and ``float``. ``granularity`` may be a list: each
+    pair then comes with each. Where a kernel has no block scales, a block means ``channel``.
+    ``nbits``: Gemm and MatMul with 2, 4 or 8 bits in blocks run on packed weights.
+    """
 
     layers: str | tuple[str, ...] = "*"
     kinds: tuple[str, ...] | None = None
     weight_bits: tuple[int, ...] = ()
     activation_bits: tuple[int, ...] = (32,)
     float_: bool = Field(default=False, alias="float")
-    granularity: str = "channel"
+    granularity: tuple[str, ...] = ("channel",)
     symmetric: bool = False
     dynamic: bool = False
     int16: bool = False
+    nbits: bool = False
 
-    @field_validator("weight_bits", "activation_bits", mode="before")
+    @field_validator("weight_bits", "activation_bits", "granularity", mode="before")
     @classmethod
     def _listed(cls, value: object) -> object:
-        return (value,) if isinstance(value, int) else value
+        return (value,) if isinstance(value, int | str) else value
 
     @field_validator("weight_bits")
     @classmethod
@@ -60,7 +74,7 @@ class Rule(document.Document):
     @field_validator("kinds")
     @classmethod
     def _known_kinds(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        valid = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Gather")
+        valid = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Gather", "Product")
         for kind in value or ():
             if kind not in valid:
                 raise ValueError(f"{kind!r} is not one of {', '.join(valid)}")
@@ -69,27 +83,36 @@ class Rule(document.Document):
     def matches(self, layer: NamedLayer) -> bool:
         """Whether the rule is about this layer (shell patterns over its name)."""
         patterns = (self.layers,) if isinstance(self.layers, str) else self.layers
-        return (self.kinds is None or layer.kind in self.kinds) and any(
+        kinds = self.kinds is None and layer.kind != "Product"
+        return (kinds or layer.kind in (self.kinds or ())) and any(
             fnmatchcase(layer.name, pattern) for pattern in patterns
         )
 
     def choices(self, kind: str) -> tuple[LayerChoice, ...]:
         """From the smallest to the largest; float last."""
         found = []
-        is_product = kind in ("Gemm", "MatMul")
+        is_dense = kind in ("Gemm", "MatMul")
         widths = (32,) if kind == "Gather" else self.activation_bits
-        for weight, activation in product(sorted(self.weight_bits), sorted(widths)):
+        weights: tuple[int, ...] = self.weight_bits
+        if kind == "Product":
+            weights, widths = (32,), tuple(bits for bits in widths if bits == 8)
+        each = product(sorted(weights), sorted(widths), self.granularity)
+        for weight, activation, granularity in each:
             if weight == activation == 32:
                 continue
-            dynamic = self.dynamic and is_product and weight <= 8 and activation == 8
+            is_int8 = weight <= 8 and activation <= 8
+            block = bool(block_size(granularity))
+            nbits = self.nbits and is_dense and block and weight in NBITS and activation in (8, 32)
+            dynamic = (self.dynamic or nbits) and is_dense and is_int8 and activation == 8
             found.append(
                 LayerChoice(
                     weight,
                     activation,
-                    granularity=self.granularity,
+                    granularity="channel" if block and is_int8 and not nbits else granularity,
                     symmetric=self.symmetric,
                     dynamic=dynamic,
                     int16=self.int16,
+                    nbits=nbits,
                 )
             )
         is_float = self.float_ or (32 in self.weight_bits and 32 in self.activation_bits)

@@ -331,6 +331,57 @@ def wide() -> Network:
     return network(model, images(48, 2, 2))
 
 
+def blocked() -> Network:
+    """Layers with more inputs than a block of 32: 36, 80, 108, 70 and 96 of them."""
+    w = Weights(8)
+    model = build(
+        [
+            node("Conv", ["x", "conv.weight", "conv.bias"], ["c"]),
+            node("ConvTranspose", ["c", "up.weight"], ["u"]),
+            node("Flatten", ["u"], ["f"]),
+            node("Gemm", ["f", "first.weight", "first.bias"], ["g"], transB=1),
+            node("Gemm", ["g", "second.weight", "second.bias"], ["h"]),
+            node("MatMul", ["h", "w"], ["m"], name="third"),
+            node("Add", ["m", "b"], ["y"]),
+        ],
+        {
+            "conv.weight": w(5, 4, 3, 3),
+            "conv.bias": w.bias(5),
+            "up.weight": w(5, 3, 4, 4, fan_in=20),
+            "first.weight": w(70, 3 * 6 * 6),
+            "first.bias": w.bias(70),
+            "second.weight": w(70, 96, fan_in=70),
+            "second.bias": w.bias(96),
+            "w": w(96, 9),
+            "b": w.bias(9),
+        },
+        {"x": ["N", 4, 5, 5]},
+        ["y"],
+    )
+    return network(model, images(4, 5, 5))
+
+
+def attention() -> Network:
+    """One head over five tokens: two products of activations around a Softmax."""
+    w = Weights(9)
+    model = build(
+        [
+            node("MatMul", ["x", "query"], ["q"], name="query"),
+            node("MatMul", ["x", "key"], ["k"], name="key"),
+            node("MatMul", ["x", "value"], ["v"], name="value"),
+            node("Transpose", ["k"], ["kt"], perm=[0, 2, 1]),
+            node("MatMul", ["q", "kt"], ["s"], name="scores"),
+            node("Softmax", ["s"], ["p"], axis=-1),
+            node("MatMul", ["p", "v"], ["a"], name="mix"),
+            node("MatMul", ["a", "output"], ["y"], name="output"),
+        ],
+        {name: w(8, 8) for name in ("query", "key", "value", "output")},
+        {"x": ["N", 5, 8]},
+        ["y"],
+    )
+    return network(model, images(5, 8))
+
+
 NETWORKS: dict[str, Callable[[], Network]] = {
     f.__name__: functools.cache(f)
     for f in (
@@ -350,6 +401,8 @@ NETWORKS: dict[str, Callable[[], Network]] = {
         chain,
         text,
         wide,
+        blocked,
+        attention,
     )
 }
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "depthwise", "grouped", "dilated")

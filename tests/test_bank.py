@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 from autoquant.calibration import Moments, calibrate
 from autoquant.candidate import LayerChoice
 from autoquant.compress import rounding
-from autoquant.compress.bank import PLANES, Bank, QuantizedWeight, pack, unpack
+from autoquant.compress.bank import PLANES, Bank, QuantizedWeight, pack, storable_scale, unpack
 from autoquant.compress.rounding import Nearest, integer_range
 from autoquant.errors import CandidateError
 from autoquant.task import Array
@@ -174,3 +174,44 @@ def test_a_rounding_gets_the_moments_of_its_layer(monkeypatch: pytest.MonkeyPatc
 def test_an_unknown_rounding_offers_what_is_close() -> None:
     with pytest.raises(CandidateError, match="did you mean 'nearest'"):
         Bank(NETWORKS["gemm"]().graph, "nearst")
+
+
+@pytest.mark.parametrize("rounding", ("nearest", "second-order"))
+@pytest.mark.parametrize("bits", (2, 4, 8))
+def test_blocks_have_scales_of_their_own_along_the_inputs(rounding: str, bits: int) -> None:
+    net = NETWORKS["blocked"]()
+    found = calibrate(net.graph, net.split, moments=True, threads=1)
+    bank = Bank(net.graph, rounding, found)
+    for layer in net.graph.layers:
+        entry = bank.get(layer, LayerChoice(bits, 32, "block32"))
+        inputs = layer.parameters // layer.channels
+        assert entry.scale.shape == (layer.channels, -(-inputs // 32))
+        assert entry.values.shape == layer.weight_shape
+        assert entry.half_scale and (entry.scale == entry.scale.astype(np.float16)).all()
+        rows = np.moveaxis(entry.dequantized(), layer.channel_axis, 0).reshape(layer.channels, -1)
+        steps = rows[:, 32:64] / entry.scale[:, 1:2]
+        np.testing.assert_allclose(steps, np.round(steps), atol=1e-4)
+        coarse = bank.get(layer, LayerChoice(bits, 32))
+        if bits < 8 and layer.kind != "ConvTranspose":
+            assert entry.error < coarse.error * 1.1
+
+
+def test_scales_that_a_half_cannot_hold_stay_as_they_are() -> None:
+    scale = np.array([[1e-3, 0.3]], np.float32)
+    assert (storable_scale(scale, 32) == scale.astype(np.float16)).all()
+    for factor in (1e-4, 1e8):
+        assert (storable_scale(scale * np.float32(factor), 32) == scale * factor).all()
+    assert (storable_scale(scale[0], 0) == scale[0]).all()  # of channels: float32
+
+
+@pytest.mark.parametrize("bits", (2, 4, 8))
+def test_packed_blocks_are_the_integers_low_index_in_low_bits(bits: int) -> None:
+    net = NETWORKS["blocked"]()
+    layer = net.graph.by_name["second"]  # 96 channels of 70 inputs, along the second axis
+    entry = Bank(net.graph).get(layer, LayerChoice(bits, 32, "block32"))
+    packed = entry.packed_blocks()
+    assert packed.shape == (96, 3, 32 * bits // 8) and packed.dtype == np.uint8
+    for channel, index in ((0, 0), (5, 33), (95, 69)):
+        byte = int(packed[channel, index // 32, index % 32 * bits // 8])
+        code = byte >> (index * bits % 8) & (2**bits - 1)
+        assert code - 2 ** (bits - 1) == entry.values[index, channel]

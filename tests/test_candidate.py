@@ -16,9 +16,11 @@ from autoquant.candidate import (
     ACTIVATION_BITS,
     FLOAT,
     GRANULARITIES,
+    NBITS,
     WEIGHT_BITS,
     Candidate,
     LayerChoice,
+    block_size,
 )
 from autoquant.errors import CandidateError
 
@@ -27,10 +29,17 @@ from autoquant.errors import CandidateError
 def choices(draw: st.DrawFn) -> LayerChoice:
     weight_bits = draw(st.sampled_from(WEIGHT_BITS))
     activation_bits = draw(st.sampled_from(ACTIVATION_BITS))
+    granularity = draw(st.sampled_from(GRANULARITIES))
+    is_block = bool(block_size(granularity))
+    nbits = is_block and weight_bits in NBITS and activation_bits in (8, 32)
+    nbits = nbits and draw(st.booleans())
+    if is_block and not nbits and max(weight_bits, activation_bits) <= 8:
+        granularity = "channel"
     return LayerChoice(
         weight_bits,
         activation_bits,
-        granularity=draw(st.sampled_from(GRANULARITIES)),
+        granularity=granularity,
+        nbits=nbits,
         symmetric=draw(st.booleans()),
         dynamic=weight_bits <= 8 and activation_bits == 8 and draw(st.booleans()),
         int16=draw(st.booleans()),
@@ -231,3 +240,36 @@ def test_normalized_changes_the_layers_alone() -> None:
     assert dict(changed.layers) == {"b": LayerChoice(2, 8)}
     assert changed.polish and dict(changed.pruning) == {"g": 0.5}
     assert dict(candidate.layers) == {"a": LayerChoice(4, 8)}
+
+
+@pytest.mark.parametrize(
+    "fields, wrong",
+    [
+        ({"weight_bits": 4, "nbits": True}, "nbits needs .* not 4, 32 and channel"),
+        (
+            {"weight_bits": 3, "granularity": "block32", "nbits": True},
+            "nbits needs weight_bits 2, 4 or 8",
+        ),
+        (
+            {"weight_bits": 4, "activation_bits": 16, "granularity": "block32", "nbits": True},
+            "activation_bits 8 or 32",
+        ),
+        (
+            {"weight_bits": 4, "activation_bits": 8, "granularity": "block32"},
+            "granularity 'block32' needs activation_bits 16 or 32, or nbits",
+        ),
+        ({"weight_bits": 4, "granularity": "block16"}, "granularity is 'block16'"),
+        ({"weight_bits": 4, "nbits": 1}, "nbits is 1"),
+    ],
+)
+def test_blocks_need_a_kernel_that_has_them(fields: dict[str, Any], wrong: str) -> None:
+    with pytest.raises(CandidateError, match=wrong) as found:
+        LayerChoice.from_dict(fields, "layer 'a'")
+    assert str(found.value).startswith("layer 'a': ") and "\n" not in str(found.value)
+
+
+def test_blocks_and_their_kernel_show_in_the_short_form() -> None:
+    choice = LayerChoice(4, 8, "block64", dynamic=True, nbits=True)
+    assert str(choice) == "4/8 block64 dynamic nbits"
+    assert LayerChoice.from_dict(choice.to_dict()) == choice
+    assert [block_size(g) for g in GRANULARITIES] == [0, 0, 32, 64, 128]

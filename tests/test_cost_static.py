@@ -11,9 +11,11 @@ from autoquant.calibration import Calibration, calibrate
 from autoquant.candidate import (
     ACTIVATION_BITS,
     GRANULARITIES,
+    NBITS,
     WEIGHT_BITS,
     Candidate,
     LayerChoice,
+    block_size,
 )
 from autoquant.compress import compress
 from autoquant.compress.bank import Bank
@@ -68,15 +70,25 @@ def cases(draw: st.DrawFn) -> tuple[str, Candidate]:
     for layer in found.graph.layers:
         weight = draw(st.sampled_from(WEIGHT_BITS))
         activation = draw(st.sampled_from(ACTIVATION_BITS))
-        dynamic = layer.kind in ("Gemm", "MatMul") and weight <= 8 and activation == 8
+        is_dense = layer.kind in ("Gemm", "MatMul")
+        dynamic = is_dense and weight <= 8 and activation == 8
+        granularity = draw(st.sampled_from(GRANULARITIES))
+        is_block = bool(block_size(granularity))
+        nbits = is_dense and is_block and weight in NBITS and activation in (8, 32)
+        nbits = nbits and draw(st.booleans())
+        if is_block and not nbits and max(weight, activation) <= 8:
+            granularity = "channel"
         layers[layer.name] = LayerChoice(
             weight,
             activation,
-            granularity=draw(st.sampled_from(GRANULARITIES)),
+            granularity=granularity,
             symmetric=draw(st.booleans()),
             dynamic=dynamic and draw(st.booleans()),
             int16=draw(st.booleans()),
+            nbits=nbits,
         )
+    for layer in found.graph.products:
+        layers[layer.name] = LayerChoice(32, draw(st.sampled_from((8, 32))))
     return name, found.resolved(layers)
 
 
@@ -221,3 +233,20 @@ def test_a_plan_holds_every_tensor_in_the_forms_that_are_read() -> None:
     # r1 is float for the sum and on a grid of 4 bits for conv2, whose int8 output is read as
     # float too; the sum is float
     assert static.peak_memory_bytes(found.graph, where) == 512 * (4 + 1) + 512 * (1 + 4) + 512 * 4
+
+
+def test_products_count_with_the_bits_of_their_inputs() -> None:
+    found = NETWORKS["attention"]()
+    macs = {layer.name: layer.macs for layer in found.graph.products}
+    assert macs == {"scores": 5 * 5 * 8, "mix": 5 * 5 * 8}
+    before = predict(found, Candidate())
+    after = predict(found, Candidate({"mix": LayerChoice(32, 8)}))
+    assert before.bops - after.bops == macs["mix"] * (32 * 32 - 8 * 8)
+    assert (before.weight_bytes, before.macs) == (after.weight_bytes, after.macs)
+
+
+def test_blocks_store_a_half_for_each_of_them() -> None:
+    found = NETWORKS["blocked"]()
+    layer = found.graph.by_name["second"]  # 96 channels of 70 inputs
+    assert static.block_scale_bytes(layer, LayerChoice(4, 32, "block32")) == 2 * 96 * 3
+    assert static.block_scale_bytes(layer, LayerChoice(4, 32)) == 0

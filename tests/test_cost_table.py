@@ -10,10 +10,11 @@ import pytest
 import yaml
 from conftest import NETWORKS, Network
 
-from autoquant.candidate import Candidate, LayerChoice
-from autoquant.compress.qdq import plan
+from autoquant.candidate import FLOAT, Candidate, LayerChoice
+from autoquant.compress.qdq import mode, plan
 from autoquant.cost import CostModel, table
 from autoquant.cost.table import (
+    PRECISIONS,
     TableModel,
     from_profile,
     measure_device,
@@ -25,7 +26,7 @@ from autoquant.errors import HardwareError
 from autoquant.hardware import Hardware, LatencyModel, load_hardware
 from autoquant.task import Array
 
-PRECISIONS = ("float", "int8", "dynamic")
+MEASURED = ("float", "int8", "dynamic")
 KERNEL = {"weight_bits": 8, "activation_bits": 8, "source": "made up for a test"}
 
 
@@ -41,7 +42,7 @@ def device(found: Network, rows: int = 1, threads: int = 1) -> TableModel:
         found.bank,
         one(found, rows),
         dialect="onnxruntime",
-        precisions=PRECISIONS,
+        precisions=MEASURED,
         threads=threads,
     )
 
@@ -68,7 +69,7 @@ def test_the_table_has_the_kernels_of_every_layer(
     wanted = set()
     for layer in graph.layers:
         if layer.kind != "Gather":
-            kinds = PRECISIONS if layer.kind in ("Gemm", "MatMul") else PRECISIONS[:2]
+            kinds = MEASURED if layer.kind in ("Gemm", "MatMul") else MEASURED[:2]
             wanted |= {signature(graph, layer, kind) for kind in kinds}
     assert set(model.kernel_ms) == wanted
     assert all(time > 0 for time in model.kernel_ms.values())
@@ -246,3 +247,62 @@ def test_a_profile_is_for_one_batch_and_thread_count(batch: int, threads: int) -
     )
     with pytest.raises(HardwareError, match=f"not {batch} and {threads}"):
         from_profile(model, batch, threads)
+
+
+def test_n_bit_kernels_are_timed_as_they_run(measured: dict[str, TableModel], cache: Path) -> None:
+    found = NETWORKS["text"]()
+    names = ["nbits4b32", "nbits4b32a8", "nbits2b128", "nbits8b64a8"]
+    for name in names:
+        choice = PRECISIONS[name]
+        assert mode(found.graph.by_name["query"], choice) == precision(name) == name
+        assert found.resolved({"query": choice}).choice("query") == choice  # as a search has it
+    model = measure_device(
+        found.graph,
+        found.calibration,
+        found.bank,
+        one(found),
+        dialect="onnxruntime",
+        precisions=("float", "nbits4b32", "nbits4b32a8"),
+    )
+    query = found.graph.by_name["query"]
+    keys = {name: signature(found.graph, query, name) for name in ("float", *names[:2])}
+    assert all(0 < model.kernel_ms[key] < 10 for key in keys.values())
+    assert len(set(keys.values())) == 3
+    layers = dict.fromkeys(("query", "key"), PRECISIONS["nbits4b32"])
+    predicted = CostModel(found.graph, "onnxruntime", model).predict(
+        found.resolved({**layers, "head": FLOAT})
+    )
+    assert predicted.latency_ms is not None and predicted.latency_ms > 0
+    assert model.layer_ms(found.graph, query, "nbits4b32") >= 0
+    with pytest.raises(HardwareError, match=r"no kernel for layer .query. .nbits4b64."):
+        CostModel(found.graph, "onnxruntime", model).predict(
+            found.resolved({"query": PRECISIONS["nbits4b64"]})
+        )
+
+
+def test_products_of_activations_are_timed_where_they_can_be_int8(cache: Path) -> None:
+    found = NETWORKS["attention"]()
+
+    def timed(products: bool) -> TableModel:
+        return measure_device(
+            found.graph,
+            found.calibration,
+            found.bank,
+            one(found),
+            dialect="onnxruntime",
+            products=products,
+        )
+
+    without, model = timed(False), timed(True)
+    mix = found.graph.by_name["mix"]
+    keys = {signature(found.graph, mix, name) for name in ("float", "int8")}
+    assert keys <= set(model.kernel_ms) and not keys & set(without.kernel_ms)
+    assert all(model.kernel_ms[key] > 0 for key in keys)
+    eight = found.resolved({"mix": LayerChoice(32, 8)})
+    plain = found.resolved({})
+    for device_model, candidate in ((model, eight), (model, plain), (without, plain)):
+        costs = CostModel(found.graph, "onnxruntime", device_model)
+        assert (costs.predict(candidate).latency_ms or 0) > 0
+    with pytest.raises(HardwareError, match="no kernel for layer 'mix'"):
+        CostModel(found.graph, "onnxruntime", without).predict(eight)
+    assert without.layer_ms(found.graph, mix, "float") == 0.0

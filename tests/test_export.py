@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,15 @@ from onnx import TensorProto, numpy_helper
 
 from autoquant.candidate import Candidate, LayerChoice
 from autoquant.errors import PackageError, RunError, TaskError
-from autoquant.export import FILES, MANIFEST, Manifest, export, tolerances, verify
+from autoquant.export import (
+    FILES,
+    MANIFEST,
+    Manifest,
+    _layer_problems,
+    export,
+    tolerances,
+    verify,
+)
 from autoquant.front import Front, Member
 from autoquant.runtime import SESSION_CONFIG, OnnxRuntime
 from autoquant.search import SearchSettings, search
@@ -334,6 +343,58 @@ def test_verify_reports_every_check(original: Path) -> None:
     assert all(check["ok"] and check["detail"] for check in report["checks"])
     assert "exactly" in report["checks"][-1]["detail"]
     json.dumps(report)
+
+
+def test_n_bit_kernels_and_products_survive_a_search_and_its_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AUTOQUANT_CACHE", str(tmp_path / "cache"))
+    net, path = NETWORKS["attention"](), tmp_path / "attention.onnx"
+    onnx.save(net.graph.model, str(path))
+    data = [(net.inputs[0], net.reference[0])]
+    found_task = Task(
+        name="attention",
+        model=path,
+        example_inputs=(net.inputs[0][:1],),
+        calibration=[net.inputs[0]],
+        validation=data,
+        test=data,
+        metric=closeness,
+    )
+    nbits = {"weight_bits": 4, "activation_bits": [8, 32], "granularity": "block32", "nbits": True}
+    rules = [nbits, {"kinds": ["Product"], "activation_bits": 8, "float": True}]
+    found = search(
+        found_task,
+        SearchSettings(
+            space=Space.model_validate({"name": "own", "rules": rules}),
+            trials=7,
+            name="run",
+            runs_dir=tmp_path / "runs",
+        ),
+    )
+    choices = [c for m in found.members for c in m.candidate.layers.values()]
+    assert {c.nbits for c in choices} == {True} or LayerChoice(32, 8) in choices
+    for member in found.members:
+        size = len((tmp_path / "runs" / "run" / str(member.artifact)).read_bytes())
+        assert member.predicted.size_bytes == pytest.approx(size, rel=0.01)
+        assert member.predicted.latency_ms is not None
+        report = verify(export(member, tmp_path / str(member.trial), front=found), found_task)
+        assert report["ok"] is True
+
+
+@pytest.mark.parametrize("change", ("accuracy_level", "bits"))
+def test_an_edited_n_bit_kernel_is_noticed(change: str) -> None:
+    net = NETWORKS["attention"]()
+    choice = LayerChoice(4, 8, "block32", nbits=True)
+    candidate = net.resolved({"query": choice, "mix": LayerChoice(32, 8)})
+    model = net.assemble(candidate)
+    kinds = {n.name: n.op_type for n in model.graph.node}
+    stated = SimpleNamespace(layers={n: SimpleNamespace(kind=kinds[n]) for n in candidate.layers})
+    assert not _layer_problems(model, candidate, stated)  # type: ignore[arg-type]
+    (layer,) = (n for n in model.graph.node if n.op_type == "MatMulNBits")
+    (attribute,) = (a for a in layer.attribute if a.name == change)
+    attribute.i = 0 if change == "accuracy_level" else 2
+    assert _layer_problems(model, candidate, stated)  # type: ignore[arg-type]
 
 
 def test_verify_with_the_task_reproduces_the_accuracy(

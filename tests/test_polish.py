@@ -11,8 +11,9 @@ from small_task import SPACE, batches, model, task
 
 from autoquant.candidate import Candidate, LayerChoice
 from autoquant.compress import compress
+from autoquant.compress.bank import Bank
 from autoquant.compress.polish import polish
-from autoquant.compress.qdq import resolve
+from autoquant.compress.qdq import assemble, resolve
 from autoquant.compress.readback import read_bits
 from autoquant.search import SearchSettings, search
 from autoquant.search.trial import Context, prepare, run_trial
@@ -100,3 +101,22 @@ def test_a_search_polishes_a_tenth_of_its_trials(tmp_path: Path) -> None:
     assert not any(member.candidate.polish for member in plain.members)
     again = search(task(tmp_path), replace(settings, trials=30, resume=True))
     assert again.trials == 30
+
+
+def test_layers_with_blocks_are_refitted_too() -> None:
+    net = NETWORKS["blocked"]()
+    nbits = LayerChoice(4, 32, "block32", nbits=True)
+    candidate = net.resolved({"conv": LayerChoice(3, 32, "block32"), "first": nbits})
+    found = polish(
+        net.graph, candidate, net.calibration, net.bank, [net.inputs], "onnxruntime"
+    ).overrides
+    assert set(found) == {"conv", "first"}
+    assert found["conv"].scale.shape == (5, 2) and found["first"].scale.shape == (70, 4)
+
+    def error(bank: Bank) -> float:
+        model = assemble(net.graph, candidate, net.calibration, bank)
+        return float(((net.run(model)[0] - net.reference[0]) ** 2).mean())
+
+    polished = net.bank.overlay()
+    polished.overrides.update(found)
+    assert error(polished) < error(net.bank)

@@ -910,3 +910,229 @@ def test_a_bank_is_not_tied_to_one_candidate() -> None:
         model = assemble(net.graph, candidate, net.calibration, bank)
         models.append(model.SerializeToString(deterministic=True))
     assert models[0] == models[2] != models[1]
+
+
+# --- blocks and n-bit kernels ----------------------------------------------------------------
+
+
+def _with_stored_weights(net: Network, candidate: Candidate) -> onnx.ModelProto:
+    """The float graph with the weights that the file stands for."""
+    model = onnx.ModelProto()
+    model.CopyFrom(net.graph.model)
+    stored = {
+        layer.weight: _stored(net, layer, candidate.choice(layer.name))
+        for layer in net.graph.layers
+    }
+    for proto in model.graph.initializer:
+        if proto.name in stored:
+            proto.CopyFrom(numpy_helper.from_array(stored[proto.name], proto.name))
+    return model
+
+
+@pytest.mark.parametrize("granularity", ("block32", "block64", "block128"))
+@pytest.mark.parametrize("bits", (*PLANES, 8))
+def test_block_scales_fold_into_float_weights(bits: int, granularity: str) -> None:
+    net = NETWORKS["blocked"]()
+    candidate = net.resolved(net.uniform(bits, 32, granularity=granularity))
+    model = net.assemble(candidate)
+    expected = run(_with_stored_weights(net, candidate), *net.inputs)[0]
+    np.testing.assert_allclose(net.run(model)[0], expected, rtol=0, atol=1e-5)
+    _check_bits(net, model, candidate)
+    found = _kernels(model)
+    float_kernels = _kernels(net.graph.model)
+    assert found == float_kernels  # nothing of the unpacking is left at run time
+
+
+@pytest.mark.parametrize("granularity", ("block32", "block64", "block128"))
+@pytest.mark.parametrize("bits", (2, 4, 8))
+def test_n_bit_kernels_run_on_packed_weights(bits: int, granularity: str) -> None:
+    net = NETWORKS["blocked"]()
+    names = ("first", "second", "third")  # two Gemms, transposed and not, and a MatMul
+    for activation_bits in (32, 8):
+        choice = LayerChoice(bits, activation_bits, granularity, nbits=True)
+        candidate = net.resolved(dict.fromkeys(names, choice))
+        model = net.assemble(candidate)
+        found = _kernels(model)
+        assert found["MatMulNBits"] == 3
+        assert not (found["Gemm"] or found["MatMul"] or found["DequantizeLinear"])
+        expected = run(_with_stored_weights(net, candidate), *net.inputs)[0]
+        error = np.abs(net.run(model)[0] - expected).max() / expected.std()
+        assert error < (1e-4 if activation_bits == 32 else 0.1)
+        assert np.array_equal(net.run(model)[0], net.run(model)[0])
+        _check_bits(net, model, candidate)
+        assert all(candidate.choice(n).dynamic == (activation_bits == 8) for n in names)
+
+
+@pytest.mark.parametrize("name", ("first", "second", "third"))
+def test_what_an_n_bit_kernel_reads_is_what_the_bank_holds(name: str) -> None:
+    net = NETWORKS["blocked"]()
+    layer, choice = net.graph.by_name[name], LayerChoice(4, 32, "block32", nbits=True)
+    read = packed_weight(net.assemble({name: choice}), name)
+    assert read is not None
+    assert np.array_equal(read, net.bank.get(layer, choice).matrix())
+
+
+def test_a_file_with_n_bit_kernels_is_valid_onnx() -> None:
+    source = NETWORKS["blocked"]().graph.model
+    net = network(
+        build(
+            [node("Gemm", ["x", "fc.weight", "fc.bias"], ["y"], transB=1)],
+            {"fc.weight": Weights()(8, 40), "fc.bias": Weights().bias(8)},
+            {"x": ["N", 40]},
+            ["y"],
+        ),
+        images(40),
+    )
+    model = net.assemble({"fc": LayerChoice(4, 8, "block32", nbits=True)})
+    assert {o.domain: o.version for o in model.opset_import} == {"": 21, "com.microsoft": 1}
+    shape = model.graph.output[0].type.tensor_type.shape  # the test's own model leaves it out
+    shape.dim.add(dim_param="N")
+    shape.dim.add(dim_value=8)
+    onnx.checker.check_model(model, full_check=True)
+    assert [o.domain for o in source.opset_import] == [""]
+    assert [o.domain for o in net.assemble({}).opset_import] == [""]
+
+
+def test_layers_that_share_a_weight_store_its_blocks_once() -> None:
+    model = build(
+        [
+            node("MatMul", ["x", "w"], ["a"], name="first"),
+            node("MatMul", ["a", "w"], ["y"], name="second"),
+        ],
+        {"w": Weights()(48, 48)},
+        {"x": ["N", 48]},
+        ["y"],
+    )
+    net = network(model, images(48))
+    choice = LayerChoice(4, 32, "block32", nbits=True)
+    written = net.assemble({"first": choice, "second": choice})
+    assert sum(i.data_type == onnx.TensorProto.UINT8 for i in written.graph.initializer) == 1
+    assert _kernels(written)["MatMulNBits"] == 2
+
+
+@pytest.mark.parametrize("flag", ("nbits", "dynamic"))
+def test_only_products_with_weights_have_such_kernels(flag: str) -> None:
+    conv = NETWORKS["blocked"]()
+    granularity = "block32" if flag == "nbits" else "channel"
+    choice = LayerChoice(4, 8, granularity, **{flag: True})
+    with pytest.raises(CandidateError, match=f"layer 'conv' is a Conv: {flag} is for"):
+        conv.resolved({"conv": choice})
+
+
+def test_another_dialect_has_no_n_bit_kernels() -> None:
+    net = NETWORKS["blocked"]()
+    candidate = net.resolved({"first": LayerChoice(4, 32, "block32", nbits=True)})
+    with pytest.raises(CandidateError, match="layer 'first': nbits is for onnxruntime"):
+        assemble(net.graph, candidate, net.calibration, net.bank, "openvino")
+
+
+def test_one_block_a_channel_is_a_scale_a_channel() -> None:
+    net = NETWORKS["blocked"]()
+    layers = net.resolved(net.uniform(4, 32, granularity="block64")).layers
+    found = {name: choice.granularity for name, choice in layers.items()}
+    assert found["conv"] == "channel"  # 36 inputs
+    assert found["first"] == found["second"] == found["third"] == "block64"
+
+
+@pytest.mark.parametrize("bits", (2, 4, 8))
+def test_embeddings_take_blocks_of_a_row(bits: int) -> None:
+    model = build(
+        [node("Gather", ["table.weight", "ids"], ["y"])],
+        {"table.weight": Weights()(20, 70)},
+        {"ids": ["N", 4]},
+        ["y"],
+        indices=["ids"],
+    )
+    net = network(model, np.random.default_rng(2).integers(0, 20, (8, 4)))
+    choice = LayerChoice(bits, 32, "block32")
+    written = net.assemble({"table": choice})
+    stored = net.bank.get(net.graph.layers[0], choice)
+    assert stored.scale.shape == (20, 3)
+    assert np.array_equal(net.run(written)[0], stored.dequantized()[net.inputs[0]])
+    found = _kernels(written)
+    assert found["Gather"] == 3 and found["Mul"] == 1  # of rows, not of the table
+    assert _bits(net, written) == {"table": (bits, 32)}
+
+
+# --- products of activations -----------------------------------------------------------------
+
+
+def test_products_of_activations_run_in_int8() -> None:
+    net = NETWORKS["attention"]()
+    products = {p.name: LayerChoice(32, 8) for p in net.graph.products}
+    assert list(products) == ["scores", "mix"]
+    model = net.assemble(products)
+    found = _kernels(model)
+    assert found["MatMulIntegerToFloat"] == 2 and found["Softmax"] == 1
+    assert found["MatMul"] + found["FusedMatMul"] == 4  # the layers with weights
+    assert _relative_error(net, model) < 0.02
+    assert read_bits(model, products) == dict.fromkeys(products, (32, 8))
+    everything = net.assemble({**products, **net.uniform(8, 8).layers})
+    found = _kernels(everything)
+    assert not (found["MatMul"] or found["FusedMatMul"])
+    assert found["MatMulIntegerToFloat"] + found["QLinearMatMul"] == 6
+    assert _relative_error(net, everything) < 0.05
+
+
+def test_the_probabilities_of_a_softmax_have_the_grid_of_zero_to_one() -> None:
+    net = NETWORKS["attention"]()
+    model = net.assemble({"mix": LayerChoice(32, 8)})
+    (pair,) = (n for n in model.graph.node if n.op_type == "QuantizeLinear" and n.input[0] == "p")
+    assert _initializer(model, pair.input[1]) == np.float32(1 / 255)
+    assert _initializer(model, pair.input[2]) == 0
+
+
+@pytest.mark.parametrize("symmetric", (False, True))
+@pytest.mark.parametrize("name", ("scores", "mix"))
+def test_a_product_computes_what_its_grids_say(name: str, symmetric: bool) -> None:
+    net = NETWORKS["attention"]()
+    layer = net.graph.by_name[name]
+    probe = onnx.ModelProto()
+    probe.CopyFrom(net.graph.model)
+    for tensor in (*layer.inputs, layer.output):
+        probe.graph.output.append(onnx.ValueInfoProto(name=tensor))
+    left, right = run(probe, *net.inputs)[1:3]
+    right, _ = _fake_quantize(right, 8, symmetric)
+    if name == "mix":
+        left = np.round(left * 255) / 255
+    else:
+        left, _ = _fake_quantize(left, 8, symmetric)
+    model = net.assemble({name: LayerChoice(32, 8, symmetric=symmetric)})
+    model.graph.output.append(onnx.ValueInfoProto(name=layer.output))
+    np.testing.assert_allclose(run(model, *net.inputs)[1], left @ right, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "choice", [LayerChoice(8, 8), LayerChoice(32, 16), LayerChoice(8, 8, dynamic=True)], ids=str
+)
+def test_a_product_has_no_other_choice(choice: LayerChoice) -> None:
+    net = NETWORKS["attention"]()
+    with pytest.raises(CandidateError, match="layer 'mix' is a product of two activations: it"):
+        net.resolved({"mix": choice})
+
+
+# --- activations -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sign", (-1, 1))
+@pytest.mark.parametrize("bits", (4, 6, 8, 16))
+def test_a_range_on_one_side_uses_every_code(sign: int, bits: int) -> None:
+    data = sign * np.abs(images(12))
+    net = network(NETWORKS["gemm"]().graph.model, data)
+    found = grid(net.calibration, "x", bits, False, "onnxruntime")
+    assert found.zero_point == (0 if sign > 0 else 2**bits - 1)
+    low, high = found.real_range
+    assert (low, high) == pytest.approx((min(data.min(), 0), max(data.max(), 0)), rel=1e-5)
+    model = net.assemble({"fc": LayerChoice(32, bits)})
+    exact, _ = _fake_quantize(data, bits)
+    expected = run(net.graph.model, exact)[0]
+    np.testing.assert_allclose(net.run(model)[0], expected, rtol=0, atol=1e-4)
+    wild = net.run(model)[0] - run(model, 3 * data)[0]  # beyond the grid: cut at its end
+    assert np.abs(wild).max() > 0
+    cut = run(net.graph.model, np.clip(_on(found, 3 * data), low, high).astype(np.float32))[0]
+    np.testing.assert_allclose(run(model, 3 * data)[0], cut, rtol=0, atol=1e-4)
+
+
+def _on(found: Grid, x: Array) -> Array:
+    """Values on a grid without ends."""
+    return np.round(x / np.float32(found.scale)) * np.float32(found.scale)

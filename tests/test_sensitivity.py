@@ -6,9 +6,15 @@ import numpy as np
 import pytest
 from small_task import LAYERS, SPACE, task
 
-from autoquant.candidate import Candidate
+from autoquant.candidate import Candidate, LayerChoice
 from autoquant.result import TrialResult
-from autoquant.search.sensitivity import divergence, predicted, rank_correlation, sensitivity
+from autoquant.search.sensitivity import (
+    _monotone,
+    divergence,
+    predicted,
+    rank_correlation,
+    sensitivity,
+)
 from autoquant.search.trial import Context, prepare, run_trial
 
 
@@ -64,3 +70,9 @@ def test_the_rank_correlation_needs_three_trials(context: Context, tmp_path: Pat
         results.append(run_trial(context, candidate, index))
     assert np.isnan(rank_correlation(table, context.choices, results[:2]))
     assert -1.0 <= rank_correlation(table, context.choices, results) <= 1.0
+
+
+def test_choices_of_equal_bits_keep_values_of_their_own() -> None:
+    channel, block = LayerChoice(4, 32), LayerChoice(4, 32, "block32")
+    choices = (LayerChoice(3, 32), channel, block, LayerChoice(8, 32))
+    assert _monotone(choices, (0.3, 0.2, 0.1, 0.15)) == (0.3, 0.2, 0.15, 0.15)

@@ -185,3 +185,36 @@ def test_rescalings_are_off_unless_asked_for(tmp_path: Path) -> None:
 def test_alpha_lies_between_0_and_1(tmp_path: Path, value: str) -> None:
     with pytest.raises(SpaceError, match=r"own.yaml:1: smooth"):
         _space(tmp_path, f"smooth: {value}\nrules: [{{weight_bits: 8}}]")
+
+
+def test_products_of_activations_are_asked_for_by_their_kind(tmp_path: Path) -> None:
+    layers = [Named("fc", "MatMul"), Named("scores", "Product")]
+
+    def found(rules: str) -> tuple[LayerChoice, ...]:
+        return _space(tmp_path, rules).choices(layers)["scores"]
+
+    assert found("rules: [{weight_bits: 8, activation_bits: 8}]") == (FLOAT,)
+    assert found("rules: [{kinds: [MatMul], weight_bits: 8, activation_bits: 8}]") == (FLOAT,)
+    eight = LayerChoice(32, 8)
+    assert found("rules: [{kinds: [Product], activation_bits: [4, 8]}]") == (eight,)
+    both = "kinds: [MatMul, Product], weight_bits: 4, activation_bits: 8, float: true"
+    assert found(f"rules: [{{{both}}}]") == (eight, FLOAT)
+    assert found("rules: [{kinds: [Product], weight_bits: 4}]") == (FLOAT,)
+
+
+def test_blocks_come_with_the_kernels_that_have_them(tmp_path: Path) -> None:
+    rule = "weight_bits: [3, 4], activation_bits: [8, 32], granularity: [channel, block32]"
+    plain = _space(tmp_path, f"rules: [{{{rule}}}]").choices([Named("fc", "MatMul")])["fc"]
+    assert [str(c) for c in plain] == ["3/8", "3/32", "3/32 block32", "4/8", "4/32", "4/32 block32"]
+    layers = [Named("fc", "MatMul"), Named("conv", "Conv")]
+    found = _space(tmp_path, f"rules: [{{{rule}, nbits: true}}]").choices(layers)
+    assert [str(c) for c in found["fc"]] == [
+        "3/8",
+        "3/32",
+        "3/32 block32",
+        "4/8",
+        "4/8 block32 dynamic nbits",
+        "4/32",
+        "4/32 block32 nbits",
+    ]
+    assert found["conv"] == plain

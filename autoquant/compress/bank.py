@@ -16,8 +16,8 @@ from functools import cached_property
 import numpy as np
 
 from autoquant.calibration import Calibration, Moments
-from autoquant.candidate import LayerChoice
-from autoquant.compress.rounding import ROUNDINGS
+from autoquant.candidate import LayerChoice, block_size
+from autoquant.compress.rounding import ROUNDINGS, blocks, scale_of_weights
 from autoquant.errors import CandidateError, nearest
 from autoquant.graph import Graph, Layer
 from autoquant.task import Array
@@ -31,9 +31,10 @@ class QuantizedWeight:
     """Integers in the weight's own layout with their scales.
 
     ``values``: int8 (int16 for 16 bits), the shape of the weight. ``scale``: float32, one for
-    each index of ``axis``, or of length 1 for a whole tensor. ``shift``: float32 a channel, to
-    be added to the layer's bias; None where there is none. ``error``: mean squared error of
-    the weights, each weighted by the second moment of its input where that is known (the
+    each index of ``axis``, or of length 1 for a whole tensor, or of shape (channels, blocks)
+    where ``block`` inputs of a channel share one (in the order of `matrix`). ``shift``: float32
+    a channel, to be added to the layer's bias; None where there is none. ``error``: mean squared
+    error of the weights, each weighted by the second moment of its input where that is known (the
     moments are scaled to a mean of 1).
     """
 
@@ -43,16 +44,51 @@ class QuantizedWeight:
     axis: int
     shift: Array | None = None
     error: float = 0.0
+    block: int = 0
 
     @cached_property
     def planes(self) -> tuple[Array, ...]:
         """The bit planes as uint8, padded to a multiple of 8 weights; see `pack`."""
         return pack(self.values, self.bits)
 
+    @cached_property
+    def half_scale(self) -> bool:
+        """Whether the scales are stored as float16: those of blocks are, where it is exact."""
+        return bool(self.block) and bool((self.scale.astype(np.float16) == self.scale).all())
+
     def dequantized(self) -> Array:
         """The float32 weight that the integers stand for."""
+        if self.block:
+            rows = self.matrix()
+            matrix = rows * scale_of_weights(self.scale, rows.shape[1], self.block)
+            shape = np.moveaxis(self.values, self.axis, 0).shape
+            return np.ascontiguousarray(np.moveaxis(matrix.reshape(shape), 0, self.axis))
         scale = broadcast_scale(self.scale, self.axis, self.values.ndim)
         return np.asarray(self.values.astype(np.float32) * scale)
+
+    def matrix(self) -> Array:
+        """The integers as (channels, K)."""
+        return np.moveaxis(self.values, self.axis, 0).reshape(self.values.shape[self.axis], -1)
+
+    def packed_blocks(self) -> Array:
+        """What MatMulNBits reads: uint8 (channels, blocks, block · bits / 8), low index in low
+        bits, integers offset by 2^(bits-1) and the last block padded with zeros."""
+        unsigned = blocks(self.matrix(), self.block).astype(np.int16) + 2 ** (self.bits - 1)
+        fields = unsigned.astype(np.uint8).reshape(len(unsigned), -1, 8 // self.bits)
+        places = np.arange(0, 8, self.bits, dtype=np.uint8)
+        packed = np.bitwise_or.reduce(fields << places, axis=2)
+        return np.asarray(packed.reshape(*self.scale.shape, -1))
+
+
+def storable_scale(scale: Array, block: int) -> Array:
+    """Scales of blocks rounded to float16, unless one is too small or too large for that.
+
+    There are so many that float32 would add a bit a weight for blocks of 32.
+    """
+    half = np.finfo(np.float16)
+    if not block or scale.min() < half.tiny or scale.max() > half.max:
+        return scale
+    return scale.astype(np.float16).astype(np.float32)
 
 
 def broadcast_scale(scale: Array, axis: int, rank: int) -> Array:
@@ -110,20 +146,20 @@ def output_spread(weight: Array, moments: Moments) -> tuple[Array, Array]:
 
 
 def take_spread_and_mean(
-    values: Array, scale: Array, moments: Moments, variance: Array, mean: Array
+    values: Array, scale: Array, moments: Moments, variance: Array, mean: Array, block: int = 0
 ) -> tuple[Array, Array]:
     """Scales with a gain, and the bias shift: each output gets this variance and mean.
 
     The gain is within [0.5, 2] a channel; one scale a tensor has none. The mean is what Nagel
     et al. 2019 (section 4.2) correct. ``values``: (channels, K) integers.
     """
-    rounded = values * scale.reshape(-1, 1).astype(np.float64)
+    rounded = values * scale_of_weights(scale, values.shape[1], block).astype(np.float64)
     if len(scale) == len(values):
         after, _ = output_spread(rounded, moments)
         ratio = np.where(after > 1e-30, variance / np.maximum(after, 1e-30), 1.0)
         gain = np.clip(np.sqrt(np.maximum(ratio, 0.0)), 0.5, 2.0)
-        scale = (scale * gain).astype(np.float32)
-        rounded = values * scale[:, None].astype(np.float64)
+        scale = (scale * (gain[:, None] if block else gain)).astype(np.float32)
+        rounded = values * scale_of_weights(scale, values.shape[1], block).astype(np.float64)
     shift = mean - output_spread(rounded, moments)[1]
     return scale, shift.astype(np.float32)
 
@@ -208,12 +244,13 @@ class Bank:
             moments = Moments(moments.second, np.zeros_like(moments.mean), moments.samples)
         rounding = ROUNDINGS[self.rounding]
         values, scale = rounding(matrix, choice.weight_bits, choice.granularity, moments)
-        shift = None
+        shift, block = None, block_size(choice.granularity)
         if moments is not None and rounding.needs_moments and choice.weight_bits <= 8:
             kept = output_spread(matrix, moments)
-            scale, found = take_spread_and_mean(values, scale, moments, *kept)
+            scale, found = take_spread_and_mean(values, scale, moments, *kept, block)
             shift = found if takes_bias(layer) else None
-        rounded = values * scale.reshape(-1, 1).astype(np.float64)
+        scale = storable_scale(scale, block)
+        rounded = values * scale_of_weights(scale, values.shape[1], block).astype(np.float64)
         kind = np.int8 if choice.weight_bits <= 8 else np.int16
         values = np.moveaxis(values.reshape(rows.shape), 0, layer.channel_axis).astype(kind)
         return QuantizedWeight(
@@ -223,6 +260,7 @@ class Bank:
             layer.channel_axis,
             shift,
             _weighted_error(matrix, rounded, moments),
+            block,
         )
 
     def __getstate__(self) -> dict[str, object]:

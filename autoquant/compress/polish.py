@@ -25,11 +25,12 @@ import numpy as np
 import onnx
 
 from autoquant.calibration import Calibration, Columns, Moments, rebatch
-from autoquant.candidate import Candidate
+from autoquant.candidate import Candidate, block_size
 from autoquant.compress.bank import (
     Bank,
     QuantizedWeight,
     broadcast_scale,
+    storable_scale,
     take_spread_and_mean,
     takes_bias,
 )
@@ -68,10 +69,10 @@ def polish(
     """A bank with the refitted and tuned weights of a resolved candidate; the given one is left
     alone.
 
-    Convolutions and products with weights of at most 8 bits and a scale a channel or tensor
-    change; others keep the bank's weights. The result depends on the candidate and the first
-    ``SAMPLES`` calibration inputs of ``batches`` alone, not on ``workers``, the batches that
-    run at a time. ``tune=False`` only refits.
+    Convolutions and products with weights of at most 8 bits change (those with scales by block
+    are refitted, not tuned); others keep the bank's weights. The result depends on the candidate
+    and the first ``SAMPLES`` calibration inputs of ``batches`` alone, not on ``workers``, the
+    batches that run at a time. ``tune=False`` only refits.
     """
     polished = bank.overlay()
     names = graph.inputs
@@ -102,10 +103,10 @@ def polish(
             fitted[layer.name], entry = _refit(graph, layer, candidate, fit)
             polished.overrides[layer.name] = entry
             written = assemble(graph, candidate, calibration, polished, dialect)
-        low = any(candidate.choice(x.name).weight_bits <= TUNED for x in changed)
-        if tune and low:
+        tuned = [x for x in changed if not polished.overrides[x.name].block]
+        if tune and any(candidate.choice(x.name).weight_bits <= TUNED for x in tuned):
             outputs = _values(graph.model, block.target, exact, workers)
-            found = _tune(graph, block, changed, fitted, polished, grids, coarse, outputs)
+            found = _tune(graph, block, tuned, fitted, polished, grids, coarse, outputs)
             polished.overrides.update(found)
     return polished
 
@@ -115,7 +116,6 @@ def _changes(layer: Layer, candidate: Candidate, bank: Bank) -> bool:
     return (
         layer.kind in ("Conv", "Gemm", "MatMul")
         and choice.weight_bits <= 8
-        and choice.granularity in ("channel", "tensor")
         and not bank.is_shared(layer)
     )
 
@@ -157,16 +157,22 @@ def _refit(
     choice = candidate.choice(layer.name)
     weight, moments, mean, spread = fit.solve()
     values, scale = SecondOrder()(weight, choice.weight_bits, choice.granularity, moments)
-    scale, shift = take_spread_and_mean(values, scale, moments, spread, mean)
+    block = block_size(choice.granularity)
+    scale, shift = take_spread_and_mean(values, scale, moments, spread, mean, block)
     rows = np.moveaxis(graph.array(layer.weight), layer.channel_axis, 0)
 
     def laid(matrix: Array) -> Array:
         found = np.moveaxis(matrix.reshape(rows.shape), 0, layer.channel_axis)
         return np.ascontiguousarray(found)
 
-    kept = shift if takes_bias(layer) else None
-    axis = layer.channel_axis
-    entry = QuantizedWeight(laid(values.astype(np.int8)), scale, choice.weight_bits, axis, kept)
+    entry = QuantizedWeight(
+        laid(values.astype(np.int8)),
+        storable_scale(scale, block),
+        choice.weight_bits,
+        layer.channel_axis,
+        shift if takes_bias(layer) else None,
+        block=block,
+    )
     return laid(weight), entry
 
 

@@ -24,12 +24,13 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from autoquant.calibration import Calibration
-from autoquant.candidate import Candidate, LayerChoice
+from autoquant.candidate import Candidate, LayerChoice, block_size
 from autoquant.compress.bank import PLANES, Bank, QuantizedWeight, broadcast_scale
 from autoquant.errors import CandidateError, nearest
-from autoquant.graph import IR_VERSION, OPSET, Graph, Layer, attributes, clamp_bounds
+from autoquant.graph import IR_VERSION, OPSET, PRODUCT, Graph, Layer, attributes, clamp_bounds
 from autoquant.task import Array
 
+NBITS_DOMAIN = "com.microsoft"
 DIALECTS = ("onnxruntime", "openvino", "tensorrt")
 INT8_KINDS = ("Conv", "Gemm", "MatMul")
 _MOVES = (
@@ -59,7 +60,8 @@ class Grid:
 class Plan:
     """Where a candidate changes precision.
 
-    ``modes``: layer → float, int8, dynamic or weight-only (stored below 32 bits, float kernel).
+    ``modes``: layer → float, int8, dynamic, weight-only (stored below 32 bits, float kernel) or
+    an n-bit kernel; see `mode`.
     ``roots``: tensor on an 8-bit grid → tensor whose grid it shares (itself, or further up).
     ``int8_nodes``: nodes whose output exists only quantized. ``narrow``: tensor → widths other
     than 8 (4, 6, 16) that consumers read. ``units``: join node → node that ends its unit.
@@ -105,8 +107,10 @@ class Plan:
 def resolve(graph: Graph, candidate: Candidate) -> Candidate:
     """The candidate as the graph takes it: names checked, settings without effect dropped.
 
-    An embedding's activations are indices, so its ``activation_bits`` become 32. Layers come
-    in graph order, each with a choice. Raises CandidateError.
+    An embedding's activations are indices, so its ``activation_bits`` become 32. One block a
+    channel is the granularity ``channel``, but for ``nbits``, which with 8-bit activations is
+    ``dynamic``. Layers come in graph order, each with a choice, then the products that are not
+    float. Raises CandidateError.
     """
     for name in candidate.layers:
         if name not in graph.by_name:
@@ -117,10 +121,15 @@ def resolve(graph: Graph, candidate: Candidate) -> Candidate:
     layers = {}
     for layer in graph.layers:
         choice = candidate.choice(layer.name)
-        if choice.dynamic and layer.kind not in ("Gemm", "MatMul"):
-            raise CandidateError(
-                f"layer {layer.name!r} is a {layer.kind}: dynamic is for Gemm and MatMul"
-            )
+        for name in ("dynamic", "nbits"):
+            if getattr(choice, name) and layer.kind not in ("Gemm", "MatMul"):
+                raise CandidateError(
+                    f"layer {layer.name!r} is a {layer.kind}: {name} is for Gemm and MatMul"
+                )
+        if choice.nbits:
+            choice = _without(choice, dynamic=choice.activation_bits == 8)
+        elif block_size(choice.granularity) >= layer.parameters // layer.channels:
+            choice = _without(choice, granularity="channel")
         if layer.kind == "Gather":
             choice = LayerChoice(choice.weight_bits, 32, choice.granularity, int16=choice.int16)
         if choice.weight_bits != 16:
@@ -130,6 +139,15 @@ def resolve(graph: Graph, candidate: Candidate) -> Candidate:
         if choice.activation_bits == 32 or choice.dynamic:
             choice = _without(choice, symmetric=False)
         layers[layer.name] = choice
+    for layer in graph.products:
+        choice = candidate.choice(layer.name)
+        if choice.weight_bits != 32 or choice.activation_bits not in (8, 32) or choice.dynamic:
+            raise CandidateError(
+                f"layer {layer.name!r} is a product of two activations: it can have "
+                f"activation_bits 8 or 32 (and weight_bits 32), not {choice}"
+            )
+        if not choice.is_float:
+            layers[layer.name] = LayerChoice(32, 8, symmetric=choice.symmetric)
     return candidate.normalized(layers)
 
 
@@ -138,28 +156,39 @@ def _without(choice: LayerChoice, **defaults: Any) -> LayerChoice:
 
 
 def mode(layer: Layer, choice: LayerChoice) -> str:
-    """How the layer runs: ``float``, ``int8``, ``dynamic`` or ``weight-only``."""
+    """How the layer runs: ``float``, ``int8``, ``dynamic``, ``weight-only``, or ``nbits4b32``:
+    4-bit weights in blocks of 32; ``nbits4b32a8`` with 8-bit activations."""
     if choice.is_float:
         return "float"
+    if choice.nbits:
+        return nbits_mode(choice)
+    if layer.kind == PRODUCT:
+        return "int8"
     if choice.weight_bits <= 8 and choice.activation_bits <= 8 and layer.kind in INT8_KINDS:
         return "dynamic" if choice.dynamic else "int8"
     return "weight-only"
+
+
+def nbits_mode(choice: LayerChoice) -> str:
+    """The mode of a choice with ``nbits``: weight bits, block, and what it computes in."""
+    inputs = "a8" if choice.activation_bits == 8 else ""
+    return f"nbits{choice.weight_bits}b{block_size(choice.granularity)}{inputs}"
 
 
 def plan(graph: Graph, candidate: Candidate, dialect: str = "onnxruntime") -> Plan:
     """Decide every tensor's precision. ``candidate`` must be resolved."""
     result = Plan()
     wanted: set[str] = set()  # tensors that must have an 8-bit grid
-    for layer in graph.layers:
+    for layer in (*graph.layers, *graph.products):
         choice = candidate.choice(layer.name)
         result.modes[layer.name] = mode(layer, choice)
         if choice.activation_bits < 32 and not choice.dynamic:
             if choice.activation_bits == 8:
-                wanted.add(layer.input)
+                wanted.update(layer.inputs)
             else:
                 result.narrow[layer.input].add(choice.activation_bits)
             if choice.symmetric or dialect == "tensorrt":
-                result.symmetric.add(layer.input)
+                result.symmetric.update(layer.inputs)
         relu = [graph.nodes[i].op_type for i in layer.absorbed] == ["Relu"]
         if result.modes[layer.name] == "int8" and (
             layer.kind == "Conv" or (layer.kind == "Gemm" and relu)
@@ -258,6 +287,8 @@ def tensor_grid(
 ) -> Grid:
     """The grid that the artifact has for a tensor: that of its root, inside the root's Clip."""
     root = found.roots.get(tensor, tensor)
+    if from_softmax(graph, root):
+        return Grid(_float32(1 / (2**bits - 1)), 0, 0, 2**bits - 1, _kind(bits))
     symmetric = root in found.symmetric or dialect == "tensorrt"
     result = grid(calibration, root, bits, symmetric, dialect)
     producer = graph.producer.get(root)
@@ -304,7 +335,15 @@ def assemble(
     bank: Bank,
     dialect: str = "onnxruntime",
 ) -> onnx.ModelProto:
-    """Write the quantized graph of a resolved candidate. Layer nodes are named by layer."""
+    """Write the quantized graph of a resolved candidate. Layer nodes are named by layer.
+
+    Raises CandidateError for what the dialect does not have.
+    """
+    for name, choice in candidate.layers.items():
+        if choice.nbits and dialect != "onnxruntime":
+            raise CandidateError(
+                f"layer {name!r}: nbits is for onnxruntime; dialect {dialect!r} has no such kernel"
+            )
     if dialect not in ("onnxruntime", "openvino"):
         raise CandidateError(
             f"dialect {dialect!r} is not supported by this version; it can be onnxruntime, openvino"
@@ -378,7 +417,7 @@ class _Writer:
         if tensor in self.graph.initializers or not tensor:
             return self.biases.get((index, tensor), tensor)
         layer = self.graph.by_node.get(index)
-        if layer is not None and tensor == layer.input:
+        if layer is not None and tensor in layer.inputs:
             choice = self.candidate.choice(layer.name)
             if choice.activation_bits < 32 and not choice.dynamic:
                 return self._dequantized(tensor, choice.activation_bits)
@@ -416,8 +455,12 @@ class _Writer:
 
     def _layer(self, layer: Layer, node: onnx.NodeProto) -> None:
         choice, how = self.candidate.choice(layer.name), self.plan.modes[layer.name]
-        if layer.kind == "Gather":
+        if layer.kind == PRODUCT:
+            self.nodes.append(node)
+        elif layer.kind == "Gather":
             self._embedding(layer, choice, node)
+        elif choice.nbits:
+            self._nbits(layer, choice, node)
         elif how == "dynamic":
             self._dynamic(layer, choice, node)
         elif how == "int8":
@@ -458,7 +501,8 @@ class _Writer:
 
     def _stem(self, layer: Layer, choice: LayerChoice) -> str:
         """Name of the stored weight, shared by layers that store the same one alike."""
-        suffix = "t" if choice.granularity == "tensor" else ""
+        block = block_size(choice.granularity)
+        suffix = f"b{block}" if block else "t" if choice.granularity == "tensor" else ""
         suffix += f"a{layer.channel_axis}" if layer.channel_axis else ""
         return f"{layer.weight.removesuffix('.weight')}.w{choice.weight_bits}{suffix}"
 
@@ -531,11 +575,70 @@ class _Writer:
             return name
         entry = self.bank.get(layer, choice)
         weight = self._weight(layer, choice, entry)
-        shaped = broadcast_scale(entry.scale, layer.channel_axis, len(layer.weight_shape))
-        scale = self._named(f"{weight}.fs", shaped if len(entry.scale) > 1 else entry.scale)
+        if entry.block:
+            scale = self._block_scale(layer, weight, entry)
+        else:
+            shaped = broadcast_scale(entry.scale, layer.channel_axis, len(layer.weight_shape))
+            scale = self._named(f"{weight}.fs", shaped if len(entry.scale) > 1 else entry.scale)
         self._node("Cast", [weight], f"{weight}.c", to=TensorProto.FLOAT)
         self._node("Mul", [f"{weight}.c", scale], name)
         return name
+
+    def _block_scale(self, layer: Layer, weight: str, entry: QuantizedWeight) -> str:
+        """Block scales in the weight's shape: repeated over each block, the last one cut.
+
+        Expand, Reshape and Slice of constants fold at load. A channel axis that is not the
+        first (MatMul, Gemm, ConvTranspose) is moved there and back.
+        """
+        channels, count = entry.scale.shape
+        scale = self._scales(f"{weight}.fs", entry, entry.scale[:, :, None])
+        shape = self._constant(np.array([channels, count, entry.block], np.int64))
+        self._node("Expand", [scale, shape], f"{weight}.fe")
+        axis, rank = layer.channel_axis, len(layer.weight_shape)
+        order = [axis, *(i for i in range(rank) if i != axis)]
+        moved = [layer.weight_shape[i] for i in order]
+        inputs = layer.parameters // channels
+        flat, last = f"{weight}.fr", f"{weight}.fe"
+        if inputs % entry.block:
+            shape = self._constant(np.array([channels, -1], np.int64))
+            self._node("Reshape", [last, shape], f"{weight}.ff")
+            ends = [self._constant(np.array([v], np.int64)) for v in (0, inputs, 1)]
+            self._node("Slice", [f"{weight}.ff", *ends], f"{weight}.fc")
+            last = f"{weight}.fc"
+        self._node("Reshape", [last, self._constant(np.array(moved, np.int64))], flat)
+        if not axis:
+            return flat
+        back = [order.index(i) for i in range(rank)]
+        self._node("Transpose", [flat], f"{weight}.ft", perm=back)
+        return f"{weight}.ft"
+
+    def _scales(self, name: str, entry: QuantizedWeight, scale: Array) -> str:
+        """Scales of blocks as float32, stored as float16 where that is exact."""
+        if not entry.half_scale:
+            return self._named(name, scale)
+        view = f"{name}c"
+        if view not in self.written:
+            self._named(name, scale.astype(np.float16))
+            self._node("Cast", [name], view, to=TensorProto.FLOAT)
+        return view
+
+    def _nbits(self, layer: Layer, choice: LayerChoice, node: onnx.NodeProto) -> None:
+        """MatMulNBits: packed weights and block scales as they are, the bias of a Gemm in it."""
+        entry, weight = self.bank.get(layer, choice), f"{self._stem(layer, choice)}.n"
+        if weight not in self.initializers:
+            self._named(weight, entry.packed_blocks())
+        inputs = [node.input[0], weight, self._scales(f"{weight}s", entry, entry.scale)]
+        bias = self._shifted_bias(layer, entry)
+        if layer.kind == "MatMul":
+            self._shift_after(layer, entry)
+        elif bias is not None:
+            inputs += ["", "", self._named(f"{layer.name}.b", bias)]
+        found = helper.make_node(
+            "MatMulNBits", inputs, list(node.output), name=layer.name, domain=NBITS_DOMAIN
+        )
+        for name, value in nbits_attributes(layer, choice).items():
+            found.attribute.append(helper.make_attribute(name, value))
+        self.nodes.append(found)
 
     def _embedding(self, layer: Layer, choice: LayerChoice, node: onnx.NodeProto) -> None:
         """Gather the stored rows, then make them float: the table stays small in memory."""
@@ -552,10 +655,20 @@ class _Writer:
         node.input[0] = weight
         self.nodes.append(node)
         per_row = len(entry.scale) > 1
-        scale = self._named(f"{weight}.fs", entry.scale[:, None] if per_row else entry.scale)
+        stored = entry.scale[:, None] if per_row and not entry.block else entry.scale
+        if entry.half_scale:
+            stored = stored.astype(np.float16)
+        scale = self._named(f"{weight}.fs", stored)
         if per_row:
             self._node("Gather", [scale, node.input[1]], f"{output}.scale", axis=0)
             scale = f"{output}.scale"
+        if entry.half_scale:
+            self._node("Cast", [scale], f"{output}.wide", to=TensorProto.FLOAT)
+            scale = f"{output}.wide"
+        if entry.block:
+            owner = self._constant(np.arange(layer.weight_shape[1], dtype=np.int64) // entry.block)
+            self._node("Gather", [scale, owner], f"{output}.scales", axis=-1)
+            scale = f"{output}.scales"
         self._node("Cast", [node.output[0]], f"{output}.cast", to=TensorProto.FLOAT)
         self._node("Mul", [f"{output}.cast", scale], output)
 
@@ -615,6 +728,9 @@ class _Writer:
         model = onnx.ModelProto(ir_version=source.ir_version or IR_VERSION)
         model.producer_name = "autoquant"
         model.opset_import.extend(source.opset_import or [helper.make_opsetid("", OPSET)])
+        domains = {opset.domain for opset in model.opset_import}
+        if NBITS_DOMAIN not in domains and any(n.domain == NBITS_DOMAIN for n in nodes):
+            model.opset_import.append(helper.make_opsetid(NBITS_DOMAIN, 1))
         model.graph.name = "autoquant"
         model.graph.node.extend(nodes)
         model.graph.initializer.extend(p for n, p in self.initializers.items() if n in used)
@@ -683,6 +799,23 @@ class _Writer:
 def _set_bias(node: onnx.NodeProto, name: str) -> None:
     """Give a Conv, ConvTranspose or Gemm this bias."""
     node.input[:] = [*list(node.input)[:2], name]
+
+
+def nbits_attributes(layer: Layer, choice: LayerChoice) -> dict[str, int]:
+    """Attributes of a layer's MatMulNBits; accuracy level 4 quantizes its input by blocks."""
+    return {
+        "K": layer.parameters // layer.channels,
+        "N": layer.channels,
+        "accuracy_level": 4 if choice.activation_bits == 8 else 0,
+        "bits": choice.weight_bits,
+        "block_size": block_size(choice.granularity),
+    }
+
+
+def from_softmax(graph: Graph, tensor: str) -> bool:
+    """Whether a tensor comes out of a Softmax: its grid is that of [0, 1]."""
+    index = graph.producer.get(tensor)
+    return index is not None and graph.nodes[index].op_type == "Softmax"
 
 
 def _half(array: Array) -> Array:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
+import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
@@ -17,7 +18,8 @@ def read_bits(model: onnx.ModelProto, layers: Iterable[str]) -> dict[str, tuple[
 
     Weights: the packed planes, integers or floats that the layer's weight comes from.
     Activations: the levels of the grid that its input is on; a float layer whose input exists
-    only quantized reads as 8. Raises PackageError for a missing layer or an unknown format.
+    only quantized reads as 8. A product has no weights, which reads as 32, and two inputs.
+    Raises PackageError for a missing layer or an unknown format.
     """
     nodes = {n.name: n for n in model.graph.node if n.name}
     producers = {name: n for n in model.graph.node for name in n.output}
@@ -27,6 +29,18 @@ def read_bits(model: onnx.ModelProto, layers: Iterable[str]) -> dict[str, tuple[
         node = nodes.get(name)
         if node is None:
             raise PackageError(f"the model has no layer {name!r}")
+        if node.op_type == "MatMulNBits":
+            found = {a.name: a.i for a in node.attribute}
+            inner = 8 if found.get("accuracy_level") == 4 else 32
+            result[name] = (
+                found["bits"],
+                min(inner, _grid_bits(node.input[0], producers, initializers)),
+            )
+            continue
+        if is_product(node, producers, initializers):
+            grids = [_grid_bits(tensor, producers, initializers) for tensor in node.input]
+            result[name] = (32, max(grids))
+            continue
         position = 0 if node.op_type == "Gather" else 1
         weight_bits = _stored_bits(node.input[position], producers, initializers)
         activation_bits = 32
@@ -36,6 +50,27 @@ def read_bits(model: onnx.ModelProto, layers: Iterable[str]) -> dict[str, tuple[
             activation_bits = _grid_bits(node.input[0], producers, initializers)
         result[name] = (weight_bits, activation_bits)
     return result
+
+
+def is_product(
+    node: onnx.NodeProto,
+    producers: Mapping[str, onnx.NodeProto],
+    initializers: Mapping[str, TensorProto],
+) -> bool:
+    """Whether a node is a MatMul of two activations: nothing stored reaches its second input."""
+    if node.op_type != "MatMul":
+        return False
+    todo, seen = [node.input[1]], set()
+    while todo:
+        tensor = todo.pop()
+        source = producers.get(tensor)
+        if source is None:
+            if tensor and tensor not in initializers:
+                return True  # an input of the graph
+        elif tensor not in seen:
+            seen.add(tensor)
+            todo.extend(source.input)
+    return False
 
 
 def _stored_bits(
@@ -106,12 +141,17 @@ def _grid_bits(
 
 
 def packed_weight(model: onnx.ModelProto, layer: str) -> Array | None:
-    """The integers of a layer stored in 2…7 bits, unpacked from the file; None otherwise."""
+    """The integers of a layer stored in 2…7 bits, unpacked from the file; None otherwise.
+
+    In the weight's layout, but (channels, K) where MatMulNBits reads them (8 bits too).
+    """
     producers = {name: n for n in model.graph.node for name in n.output}
     initializers = {i.name: i for i in model.graph.initializer}
     node = next((n for n in model.graph.node if n.name == layer), None)
     if node is None:
         raise PackageError(f"the model has no layer {layer!r}")
+    if node.op_type == "MatMulNBits":
+        return unpack_blocks(node, initializers)
     tensor, shape = node.input[0 if node.op_type == "Gather" else 1], None
     while tensor not in initializers:
         source = producers[tensor]
@@ -131,3 +171,13 @@ def packed_weight(model: onnx.ModelProto, layer: str) -> Array | None:
             return flat.reshape(shape)
         tensor = source.input[0]
     return None
+
+
+def unpack_blocks(node: onnx.NodeProto, initializers: Mapping[str, TensorProto]) -> Array:
+    """The signed int8 (channels, K) integers that a MatMulNBits reads."""
+    found = {a.name: a.i for a in node.attribute}
+    packed, bits = numpy_helper.to_array(initializers[node.input[1]]), found["bits"]
+    places = np.arange(0, 8, bits, dtype=np.uint8)
+    fields = ((packed[..., None] >> places) & (2**bits - 1)).reshape(found["N"], -1)
+    signed = fields[:, : found["K"]].astype(np.int16) - 2 ** (bits - 1)
+    return np.asarray(signed.astype(np.int8))

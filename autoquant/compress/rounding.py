@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from autoquant.calibration import Moments
+from autoquant.candidate import block_size
 from autoquant.task import Array
 
 
@@ -25,8 +26,22 @@ class Rounding(Protocol):
         self, weight: Array, bits: int, granularity: str, moments: Moments | None
     ) -> tuple[Array, Array]:
         """``weight``: (channels, K) float32. Returns integers of that shape (int16) and
-        float32 scales of length ``channels``, or 1 for granularity ``tensor``."""
+        float32 scales of length ``channels``, or 1 for granularity ``tensor``, or of shape
+        (channels, blocks) for blocks of K."""
         ...
+
+
+def blocks(rows: Array, size: int) -> Array:
+    """(channels, K) → (channels · blocks, size), zeros where the last block is short."""
+    padded = np.pad(rows, ((0, 0), (0, -rows.shape[1] % size)))
+    return padded.reshape(-1, size)
+
+
+def scale_of_weights(scale: Array, inputs: int, block: int) -> Array:
+    """Scales shaped to multiply a (channels, ``inputs``) weight."""
+    if block:
+        return np.repeat(scale, block, axis=1)[:, :inputs]
+    return scale.reshape(-1, 1)
 
 
 class Nearest:
@@ -38,11 +53,24 @@ class Nearest:
         self, weight: Array, bits: int, granularity: str, moments: Moments | None = None
     ) -> tuple[Array, Array]:
         """See `Rounding`; the moments are not used."""
-        rows = weight if granularity == "channel" else weight.reshape(1, -1)
-        scale = least_squares_scale(rows, bits)
         low, high = integer_range(bits)
-        values = np.clip(np.round(rows / scale[:, None]), low, high).astype(np.int16)
-        return values.reshape(weight.shape), scale
+        scale = initial_scale(weight, bits, granularity)
+        step = scale_of_weights(scale, weight.shape[1], block_size(granularity))
+        return np.clip(np.round(weight / step), low, high).astype(np.int16), scale
+
+
+def initial_scale(
+    weight: Array, bits: int, granularity: str, weights: Array | None = None
+) -> Array:
+    """`least_squares_scale` for each channel, for the tensor, or for each block of a channel."""
+    block = block_size(granularity)
+    if granularity == "channel":
+        return least_squares_scale(weight, bits, weights)
+    if block:
+        heavy = None if weights is None else blocks(weights, block)
+        return least_squares_scale(blocks(weight, block), bits, heavy).reshape(len(weight), -1)
+    flat = None if weights is None else weights.reshape(1, -1)
+    return least_squares_scale(weight.reshape(1, -1), bits, flat)
 
 
 def least_squares_scale(rows: Array, bits: int, weights: Array | None = None) -> Array:
@@ -111,30 +139,32 @@ class SecondOrder:
         floor = 1e-6 * diagonal.max(initial=1e-30) + 1e-30
         importance = np.maximum(diagonal, floor)[:, None, :]
         weighted = np.broadcast_to(importance, rows.shape).reshape(weight.shape)
-        if granularity == "channel":
-            scale = least_squares_scale(weight, bits, weighted)
-        else:
-            flat = (weight.reshape(1, -1), bits, weighted.reshape(1, -1))
-            scale = least_squares_scale(*flat)
-        row_scale = np.broadcast_to(scale, len(weight)).reshape(groups, -1).copy()
+        scale = initial_scale(weight, bits, granularity, weighted)
+        size = block_size(granularity)
+        count = scale.shape[1] if size else 1
+        row_scale = scale if size else np.broadcast_to(scale, len(weight))
+        row_scale = row_scale.reshape(groups, -1, count).copy()
         values = np.empty(rows.shape, np.int16)
         block = max(1, self.block_bytes // (16 * inputs))
-        refits = self.refits if granularity == "channel" else 0
+        refits = 0 if granularity == "tensor" else self.refits
         for group in range(groups) if inputs > 64 else (slice(None),):
             part = slice(group, group + 1) if isinstance(group, int) else group
             for start in range(0, rows.shape[1], block):
                 take = slice(start, start + block)
                 values[part, take], row_scale[part, take] = self._round(
-                    rows[part, take], row_scale[part, take], second[part], bits, refits
+                    rows[part, take], row_scale[part, take], second[part], bits, refits, size
                 )
-        if granularity == "channel":
-            scale = row_scale.reshape(-1)
+        if granularity != "tensor":
+            scale = row_scale.reshape(scale.shape)
         return values.reshape(weight.shape), scale
 
     def _round(
-        self, rows: Array, scale: Array, second: Array, bits: int, refits: int
+        self, rows: Array, scale: Array, second: Array, bits: int, refits: int, size: int
     ) -> tuple[Array, Array]:
-        """Integers and scales of (groups, rows, K) weights under (groups, K, K) moments."""
+        """Integers and scales of (groups, rows, K) weights under (groups, K, K) moments.
+
+        ``scale``: (groups, rows, blocks) for blocks of ``size`` inputs; 0 for one block.
+        """
         import torch
 
         low, high = integer_range(bits)
@@ -146,6 +176,7 @@ class SecondOrder:
         order = h.diagonal(dim1=1, dim2=2).sum(0).argsort(descending=True)
         h = h[:, order][:, :, order]
         w = w[:, :, order]
+        owner = order // size if size else torch.zeros_like(order)  # block of a column
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
         factor = torch.linalg.cholesky(inverse, upper=True).float()
         hessian = h.float()
@@ -157,8 +188,9 @@ class SecondOrder:
             errors = torch.empty_like(left[:, :, start:end])
             for j in range(start, end):
                 column = left[:, :, j]
-                q[:, :, j] = torch.clamp(torch.round(column / s), low, high)
-                error = (column - q[:, :, j] * s) / factor[:, j, j, None]
+                step = s[:, :, owner[j]]
+                q[:, :, j] = torch.clamp(torch.round(column / step), low, high)
+                error = (column - q[:, :, j] * step) / factor[:, j, j, None]
                 errors[:, :, j - start] = error
                 left[:, :, j:end] -= error[:, :, None] * factor[:, None, j, j:end]
             left[:, :, end:] -= errors @ factor[:, start:end, end:]
@@ -166,18 +198,17 @@ class SecondOrder:
         target = w @ hessian
         for sweep in range(self.sweeps + refits):
             if sweep >= self.sweeps:  # the scale of least error for these integers
-                norm = ((q @ hessian) * q).sum(2)
-                fitted = (target * q).sum(2) / norm.clamp_min(1e-30)
-                s = torch.where((norm > 0) & (fitted > 0), fitted, s)
-            slope = (w - q * s[:, :, None]) @ hessian
+                s = _refit(q, s, target, hessian, owner)
+            slope = (w - q * s[:, :, owner]) @ hessian
             for start in range(0, count, 128):
                 end = min(start + 128, count)
                 moves = torch.zeros_like(q[:, :, start:end])
                 local = slope[:, :, start:end].clone()
                 for j in range(start, end):
-                    step = local[:, :, j - start] / (diagonal[:, j, None] * s)
+                    scales = s[:, :, owner[j]]
+                    step = local[:, :, j - start] / (diagonal[:, j, None] * scales)
                     best = torch.clamp(torch.round(q[:, :, j] + step), low, high)
-                    move = (best - q[:, :, j]) * s
+                    move = (best - q[:, :, j]) * scales
                     q[:, :, j] = best
                     moves[:, :, j - start] = move
                     local -= move[:, :, None] * hessian[:, None, j, start:end]
@@ -185,6 +216,30 @@ class SecondOrder:
         result = torch.empty_like(q)
         result[:, :, order] = q
         return result.numpy().astype(np.int16), s.numpy()
+
+
+def _refit(q: Any, s: Any, target: Any, hessian: Any, owner: Any) -> Any:
+    """Scales of least output error for fixed integers, one block of a row after the other.
+
+    Tensors: q, target (groups, rows, K), s (groups, rows, blocks), hessian (groups, K, K);
+    ``owner``: block of each of the K columns. ``target`` is the weights times the hessian.
+    """
+    import torch
+
+    s, many = s.clone(), s.shape[2] > 1
+    rest = target - (q * s[:, :, owner]) @ hessian if many else target
+    for block in range(s.shape[2]):
+        mine = (owner == block).nonzero()[:, 0] if many else slice(None)
+        own = q[:, :, mine]
+        pull = own @ hessian[:, mine]  # (groups, rows, K)
+        norm = (pull[:, :, mine] * own).sum(2)
+        slope = (rest[:, :, mine] * own).sum(2)
+        fitted = slope / norm.clamp_min(1e-30) + (s[:, :, block] if many else 0.0)
+        scale = torch.where((norm > 0) & (fitted > 0), fitted, s[:, :, block])
+        if many:
+            rest = rest - (scale - s[:, :, block])[:, :, None] * pull
+        s[:, :, block] = scale
+    return s
 
 
 ROUNDINGS: dict[str, Rounding] = {"nearest": Nearest(), "second-order": SecondOrder()}

@@ -9,9 +9,9 @@ from typing import Any
 
 from onnx import helper
 
-from autoquant.candidate import Candidate, LayerChoice
+from autoquant.candidate import Candidate, LayerChoice, block_size
 from autoquant.compress.bank import PLANES, Bank
-from autoquant.compress.qdq import Plan
+from autoquant.compress.qdq import NBITS_DOMAIN, Plan, from_softmax, nbits_attributes
 from autoquant.graph import Graph, Layer, clamp_bounds
 
 _KEEP_SIGN = ("GlobalAveragePool", "AveragePool", "MaxPool", "Flatten", "Reshape", "Transpose")
@@ -32,12 +32,20 @@ def weight_bytes(graph: Graph, candidate: Candidate) -> tuple[int, int]:
     return stored, sum(count for count, _ in bits.values())
 
 
+def block_scale_bytes(layer: Layer, choice: LayerChoice) -> int:
+    """Bytes of a layer's scales where blocks have their own: float16 each."""
+    block = block_size(choice.granularity)
+    return 2 * layer.channels * math.ceil(layer.parameters / layer.channels / block) if block else 0
+
+
 def bops(graph: Graph, candidate: Candidate) -> int:
     """Bit operations of a sample: Σ MACs × weight bits × activation bits (Baskin et al. 2018).
 
-    Products between activations count with 32 bits.
+    Products between activations have the bits of their inputs.
     """
     total = graph.other_macs * 32 * 32
+    for layer in graph.products:
+        total -= layer.macs * (32 * 32 - candidate.choice(layer.name).activation_bits ** 2)
     for layer in graph.layers:
         choice = candidate.choice(layer.name)
         total += layer.macs * choice.weight_bits * choice.activation_bits
@@ -115,6 +123,7 @@ class FileSize:
         self.ends = sum(_framed(v.ByteSize()) for v in (*body.input, *body.output))
         self.ends += _framed(len("autoquant"))
         imports = graph.model.opset_import
+        self.domains = {opset.domain for opset in imports}
         self.outside = sum(_framed(o.ByteSize()) for o in (*imports, *graph.model.functions))
         metadata = _string(len("autoquant.candidate")) + _string(16)
         self.outside += 2 + _string(len("autoquant")) + _framed(metadata)
@@ -130,7 +139,7 @@ class _File:
     def __init__(self, sizes: FileSize, candidate: Candidate, plan: Plan) -> None:
         self.sizes, self.graph = sizes, sizes.graph
         self.candidate, self.plan = candidate, plan
-        self.total = 0
+        self.total = self.outside = 0
         self.known: set[Any] = set()  # constants, weights and their views that are written
         self.packed: dict[int, list[int]] = defaultdict(list)  # width → weights an entry
         self.packed_names: dict[int, int] = defaultdict(int)
@@ -170,7 +179,7 @@ class _File:
         for name, size in self.sizes.initializers.items():
             if not self.left[name] or self.left[name] < self.sizes.uses[name]:
                 self.total += size
-        return _framed(self.total + self.sizes.ends) + self.sizes.outside
+        return _framed(self.total + self.sizes.ends) + self.sizes.outside + self.outside
 
     def _renamed(self, tensor: str) -> bool:
         """Whether the float view of a tensor has another name than the tensor."""
@@ -180,14 +189,14 @@ class _File:
     def _read(self, index: int, tensor: str) -> int:
         """How much longer the name is that a node reads for a tensor."""
         layer = self.graph.by_node.get(index)
-        if layer is not None and tensor == layer.input:
+        if layer is not None and tensor in layer.inputs:
             choice = self.candidate.choice(layer.name)
             if choice.activation_bits not in (8, 32):
                 return 3 + len(str(choice.activation_bits))
         elif tensor not in self.plan.roots:
             return 0
         reads = index in self.plan.int8_nodes or self.plan.quantized_at_source(self.graph, tensor)
-        if layer is not None and tensor == layer.input:
+        if layer is not None and tensor in layer.inputs:
             reads |= choice.activation_bits == 8 and not choice.dynamic
         return 3 if reads and tensor in self.plan.roots and self._renamed(tensor) else 0
 
@@ -197,6 +206,8 @@ class _File:
         how, bits, index = self.plan.modes[layer.name], choice.weight_bits, layer.node
         stem = len(layer.weight.removesuffix(".weight")) + 2 + len(str(bits))
         stem += choice.granularity == "tensor"
+        block = block_size(choice.granularity)
+        stem += 1 + len(str(block)) if block else 0
         stem += 1 + len(str(layer.channel_axis)) if layer.channel_axis else 0
         key = (layer.weight, layer.channel_axis, bits, choice.granularity)
         if bits == 32:
@@ -204,6 +215,8 @@ class _File:
         self.left[layer.weight] += 1
         if layer.kind == "Gather":
             self._embedding(layer, choice, stem, key)
+        elif choice.nbits:
+            self._nbits(layer, choice, stem, key)
         elif bits == 16 and not choice.int16:
             self.shift[index] += stem + 2 - len(layer.weight)
             if self._first(key, "float"):
@@ -217,7 +230,7 @@ class _File:
             elif how == "int8":
                 self._int8(layer, stem, key, shifted)
             else:
-                self._unfolded(layer, stem, key, shifted)
+                self._unfolded(layer, choice, stem, key, shifted)
 
     def _int8(self, layer: Layer, stem: int, key: Any, shifted: bool) -> None:
         """Weight and bias behind a DequantizeLinear each."""
@@ -239,13 +252,18 @@ class _File:
             self._tensor(name + 2, scales, 4)
             self._node("DequantizeLinear", [name + 2, name + 2], [name], attributes=axis)
 
-    def _unfolded(self, layer: Layer, stem: int, key: Any, shifted: bool) -> None:
+    def _unfolded(
+        self, layer: Layer, choice: LayerChoice, stem: int, key: Any, shifted: bool
+    ) -> None:
         """A weight-only layer: Cast and Mul make the weight float."""
         channels, rank = layer.channels, len(layer.weight_shape)
         self.shift[layer.node] += stem + 2 - len(layer.weight)
         if self._first(key, "float"):
             ones = (1,) * (rank - 1)  # the order of dimensions changes no size
-            self._tensor(stem + 3, (*ones, channels) if key[3] == "channel" else (1,), 4)
+            if block_size(key[3]):
+                self._block_scale(layer, choice, stem)
+            else:
+                self._tensor(stem + 3, (*ones, channels) if key[3] == "channel" else (1,), 4)
             self._node("Cast", [stem], [stem + 2], attributes=_CAST)
             self._node("Mul", [stem + 2, stem + 3], [stem + 2])
         if layer.kind == "MatMul":
@@ -253,6 +271,68 @@ class _File:
         elif shifted:
             self._node_bias(layer)
             self._tensor(len(layer.name) + 2, (channels,), 4)
+
+    def _scales(self, name: int, layer: Layer, choice: LayerChoice, dims: Sequence[int]) -> int:
+        """Scales of blocks, as float16 with a Cast where they are; the length of the name."""
+        half = self._half_scale(layer, choice)
+        self._tensor(name, dims, 2 if half else 4)
+        if half:
+            self._node("Cast", [name], [name + 1], attributes=_CAST)
+        return name + half
+
+    def _half_scale(self, layer: Layer, choice: LayerChoice) -> bool:
+        bank = self.sizes.bank
+        if not block_size(choice.granularity):
+            return False
+        return bank is None or bank.get(layer, choice).half_scale
+
+    def _block_scale(self, layer: Layer, choice: LayerChoice, stem: int) -> None:
+        """Scales of blocks, repeated to the weight's shape by constant nodes."""
+        block = block_size(choice.granularity)
+        channels, rank, part = layer.channels, len(layer.weight_shape), stem + 3
+        inputs = layer.parameters // channels
+        count = math.ceil(inputs / block)
+        scale = self._scales(part, layer, choice, (channels, count, 1))
+        shape = self._constant(("shape", channels, count, block), (3,), 8)
+        self._node("Expand", [scale, shape], [part])
+        if inputs % block:
+            flat = self._constant(("shape", channels, -1), (2,), 8)
+            self._node("Reshape", [part, flat], [part])
+            ends = [self._constant(("end", v), (1,), 8) for v in (0, inputs, 1)]
+            self._node("Slice", [part, *ends], [part])
+        first = layer.weight_shape[layer.channel_axis]
+        others = [n for i, n in enumerate(layer.weight_shape) if i != layer.channel_axis]
+        moved = self._constant((first, *others), (rank,), 8)
+        self._node("Reshape", [part, moved], [part])
+        if layer.channel_axis:
+            perm = _attribute("perm", list(range(rank)))
+            self._node("Transpose", [part], [part], attributes=perm)
+
+    def _nbits(self, layer: Layer, choice: LayerChoice, stem: int, key: Any) -> None:
+        """MatMulNBits in place of the layer's node, with its own packed weight and scales."""
+        node, name = self.graph.nodes[layer.node], len(layer.name)
+        self.gone.add(layer.node)
+        block, channels = block_size(choice.granularity), layer.channels
+        count = math.ceil(layer.parameters // channels / block)
+        if self._first(key, "nbits"):
+            self._tensor(stem + 2, (channels, count, block * choice.weight_bits // 8), 1)
+            self._scales(stem + 3, layer, choice, (channels, count))
+        scale = stem + 3 + self._half_scale(layer, choice)
+        inputs = [len(layer.input) + self._read(layer.node, layer.input), stem + 2, scale]
+        shifted = self._shifted(layer, choice)
+        if layer.kind == "MatMul":
+            self._added_bias(layer, shifted)
+        elif layer.bias is not None or shifted:
+            if layer.bias is not None:
+                self.left[layer.bias] += 1
+            self._tensor(name + 2, (channels,), 4)
+            inputs += [0, 0, name + 2]
+        found = sum(_attribute(k, v) for k, v in nbits_attributes(layer, choice).items())
+        domain = _string(len(NBITS_DOMAIN))
+        self._node("MatMulNBits", inputs, [len(node.output[0])], name, found + domain)
+        if self._first(NBITS_DOMAIN, "import") and NBITS_DOMAIN not in self.sizes.domains:
+            opset = helper.make_opsetid(NBITS_DOMAIN, 1)
+            self.outside += _framed(opset.ByteSize())
 
     def _shifted(self, layer: Layer, choice: LayerChoice) -> bool:
         """Whether the stored weight comes with a shift of the bias."""
@@ -299,13 +379,25 @@ class _File:
             self._node("Cast", [stored], [output], attributes=_CAST)
             return
         self._weight(layer, choice.weight_bits, stem, key)
-        scale, per_row = stem + 3, choice.granularity == "channel" and layer.channels > 1
+        scale, per_row = stem + 3, choice.granularity != "tensor" and layer.channels > 1
+        block = block_size(choice.granularity)
+        count = math.ceil(layer.weight_shape[1] / block) if block else 1
         if self._first(key, "float"):
-            self._tensor(scale, (layer.channels, 1) if per_row else (1,), 4)
+            size = 2 if self._half_scale(layer, choice) else 4
+            self._tensor(scale, (layer.channels, count) if per_row else (1,), size)
         if per_row:
             indices = len(self.graph.nodes[layer.node].input[1])
             self._node("Gather", [scale, indices], [output + 6], attributes=_AXIS)
             scale = output + 6
+        if self._half_scale(layer, choice):
+            self._node("Cast", [scale], [output + 5], attributes=_CAST)
+            scale = output + 5
+        if block:
+            inputs = layer.weight_shape[1]
+            owner = self._constant(("owner", inputs, block), (inputs,), 8)
+            last = _attribute("axis", -1)
+            self._node("Gather", [scale, owner], [output + 7], attributes=last)
+            scale = output + 7
         self._node("Cast", [stored], [output + 5], attributes=_CAST)
         self._node("Mul", [output + 5, scale], [output])
 
@@ -342,9 +434,10 @@ class _File:
         """QuantizeLinear and DequantizeLinear of a tensor; its scale and zero point."""
         root = self.plan.roots.get(tensor, tensor)
         size = 2 if bits == 16 else 1
-        scale = self._constant(("scale", root, bits), (), 4)
+        unit = from_softmax(self.graph, root)
+        scale = self._constant(("scale", "" if unit else root, bits), (), 4)
         shared: Any = (root, bits)
-        if root in self.sizes.from_zero:
+        if unit or root in self.sizes.from_zero:
             shared = ("lowest", size)
         elif root in self.plan.symmetric:
             shared = ("middle", bits)

@@ -22,19 +22,27 @@ from onnx import helper, numpy_helper
 
 from autoquant.cache import cache_folder
 from autoquant.calibration import Calibration, Histogram
-from autoquant.candidate import FLOAT, Candidate, LayerChoice
+from autoquant.candidate import FLOAT, NBITS, Candidate, LayerChoice
 from autoquant.compress import compress
 from autoquant.compress.bank import Bank
-from autoquant.compress.qdq import Plan, plan, resolve
+from autoquant.compress.qdq import Plan, nbits_mode, plan, resolve
 from autoquant.errors import HardwareError
-from autoquant.graph import IR_VERSION, Graph, Layer, attributes
+from autoquant.graph import IR_VERSION, PRODUCT, Graph, Layer, attributes
 from autoquant.hardware import LatencyModel
 from autoquant.runtime import OnnxRuntime, describe, kernel_times, measure
 from autoquant.task import Array
 
 INT8 = LayerChoice(8, 8)
 _CONVERSIONS = ("QuantizeLinear", "DequantizeLinear", "Transpose", "ReorderInput", "ReorderOutput")
-_PRECISIONS = {"float": FLOAT, "int8": INT8, "dynamic": LayerChoice(8, 8, dynamic=True)}
+_NBITS = [
+    LayerChoice(weight, activation, f"block{block}", dynamic=activation == 8, nbits=True)
+    for weight in NBITS
+    for block in (32, 64, 128)
+    for activation in (32, 8)
+]
+PRECISIONS = {"float": FLOAT, "int8": INT8, "dynamic": LayerChoice(8, 8, dynamic=True)}
+PRECISIONS |= {nbits_mode(choice): choice for choice in _NBITS}
+_DENSE = ("Gemm", "MatMul")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +69,8 @@ class TableModel:
         if layer.kind == "Gather":
             return 0.0
         name = precision(mode)
+        if layer.kind == PRODUCT and signature(graph, layer, name) not in self.kernel_ms:
+            return 0.0
         return self.coefficients.get(name, 1.0) * self.kernel_ms[signature(graph, layer, name)]
 
 
@@ -104,18 +114,23 @@ def signature(graph: Graph, layer: Layer, precision: str) -> str:
 
 def precision(mode: str) -> str:
     """The kernel that runs a mode of `Plan.modes`: weight-only layers run in float."""
-    return mode if mode in ("int8", "dynamic") else "float"
+    return mode if mode in PRECISIONS else "float"
 
 
 def _features(graph: Graph, plan: Plan, kernel_ms: Mapping[str, float]) -> dict[str, float]:
-    """Kernel ms by precision, millions of converted elements by direction, and one."""
-    found = dict.fromkeys(_PRECISIONS, 0.0)
-    for layer in graph.layers:
+    """Kernel ms by precision, millions of converted elements by direction, and one.
+
+    Float products that were not timed are part of the constant.
+    """
+    found = dict.fromkeys(PRECISIONS, 0.0)
+    for layer in (*graph.layers, *graph.products):
         if layer.kind == "Gather":
             continue
         name = precision(plan.modes[layer.name])
         key = signature(graph, layer, name)
         if key not in kernel_ms:
+            if layer.kind == PRODUCT and name == "float":
+                continue
             raise HardwareError(
                 f"the latency model has no kernel for layer {layer.name!r} "
                 f"({name}): measure it with autoquant profile on this task"
@@ -135,15 +150,19 @@ def measure_device(
     precisions: Sequence[str] = ("float", "int8"),
     threads: int = 1,
     seed: int = 0,
+    products: bool = False,
 ) -> TableModel:
     """Time every distinct kernel of ``graph`` here and fit the coefficients.
 
-    ``inputs``: one batch at the size that the latency is for. Kernel times are cached on disk
+    ``inputs``: one batch at the size that the latency is for. ``products``: the products of
+    activations can be int8 too. Kernel times are cached on disk
     by CPU, runtime version, threads and batch.
     """
     batch = int(inputs[0].shape[0])
-    kernel_ms = _kernel_table(graph, precisions, batch, threads)
-    mixes = _mixes(graph, [p for p in precisions if p != "float"], seed)
+    timed = [x for x in graph.layers if x.kind != "Gather"]
+    timed += graph.products if products else ()
+    kernel_ms = _kernel_table(graph, timed, precisions, batch, threads)
+    mixes = _mixes(timed, [p for p in precisions if p != "float"], seed)
     features, sessions = [], {}
     for index, mix in enumerate(mixes):
         resolved = resolve(graph, mix)
@@ -180,10 +199,16 @@ def _fit(matrix: Array, times: Array) -> Array:
     return np.asarray(solution / scale)
 
 
-def _mixes(graph: Graph, precisions: Sequence[str], seed: int) -> list[Candidate]:
+def _has(layer: Layer, name: str) -> bool:
+    """Whether a layer can run at a precision."""
+    if layer.kind == PRODUCT:
+        return name in ("float", "int8")
+    return name in ("float", "int8") or layer.kind in _DENSE
+
+
+def _mixes(timed: Sequence[Layer], precisions: Sequence[str], seed: int) -> list[Candidate]:
     """Ends, blocks, alternations and random mixes: what identifies the coefficients."""
-    names = [x.name for x in graph.layers if x.kind != "Gather"]
-    count = len(names)
+    count = len(timed)
     masks = [np.zeros(count, bool), np.ones(count, bool)]
     half = np.arange(count) < count // 2
     masks += [half, ~half, np.arange(count) % 2 == 0, np.arange(count) // 4 % 2 == 0]
@@ -193,16 +218,21 @@ def _mixes(graph: Graph, precisions: Sequence[str], seed: int) -> list[Candidate
     for name in precisions:
         for mask in masks:
             layers = {
-                n: _PRECISIONS[name]
-                for n, on in zip(names, mask, strict=True)
-                if on and (name != "dynamic" or graph.by_name[n].kind in ("Gemm", "MatMul"))
+                layer.name: _choice(layer, name)
+                for layer, on in zip(timed, mask, strict=True)
+                if on and _has(layer, name)
             }
             found.append(Candidate(layers))
     return list(dict.fromkeys(found)) or [Candidate()]
 
 
+def _choice(layer: Layer, name: str) -> LayerChoice:
+    choice = PRECISIONS[name]
+    return replace(choice, weight_bits=32) if layer.kind == PRODUCT else choice
+
+
 def _kernel_table(
-    graph: Graph, precisions: Sequence[str], batch: int, threads: int
+    graph: Graph, timed: Sequence[Layer], precisions: Sequence[str], batch: int, threads: int
 ) -> dict[str, float]:
     machine = json.dumps({**describe(), "batch": batch, "threads": threads}, sort_keys=True)
     digest = hashlib.sha256(machine.encode()).hexdigest()[:12]
@@ -213,11 +243,9 @@ def _kernel_table(
     except (OSError, ValueError, TypeError, AttributeError):  # not there, or damaged
         known = {}
     table, fresh = {}, False
-    for layer in graph.layers:
-        if layer.kind == "Gather":
-            continue
+    for layer in timed:
         for name in {"float", *precisions}:
-            if name == "dynamic" and layer.kind not in ("Gemm", "MatMul"):
+            if not _has(layer, name):
                 continue
             key = signature(graph, layer, name)
             if key not in known:
@@ -242,27 +270,34 @@ def _write(path: Path, known: Mapping[str, float]) -> None:
 
 def _kernel_time(graph: Graph, layer: Layer, name: str, batch: int, threads: int) -> float:
     """Milliseconds of a layer alone at one precision, conversions around it left out."""
-    shape = (layer.input_shape[0] * batch, *layer.input_shape[1:])
-    single = _single(graph, layer, shape)
+    shapes = [layer.input_shape, layer.weight_shape][: len(layer.inputs)]
+    shapes = [(shape[0] * batch, *shape[1:]) for shape in shapes]
+    single = _single(graph, layer, shapes)
     generator = np.random.default_rng(0)
-    value = generator.normal(size=shape).astype(np.float32)
+    values = [generator.normal(size=shape).astype(np.float32) for shape in shapes]
     calibration = Calibration({}, {}, (), 1, "minmax")
     clamped = any(graph.nodes[i].op_type in ("Relu", "Clip") for i in layer.absorbed)
-    for tensor, low in ((layer.input, -4.0), (layer.output, 0.0 if clamped else -4.0)):
+    ends = [*((tensor, -4.0) for tensor in layer.inputs), (layer.output, 0.0 if clamped else -4.0)]
+    for tensor, low in ends:
         histogram = Histogram()
         histogram.add(np.array([low, 4.0]))
         calibration.histograms[tensor] = histogram
-    candidate = Candidate({single.layers[0].name: _PRECISIONS[name]})
+    candidate = Candidate({layer.name: _choice(layer, name)})
     artifact = compress(single, candidate, calibration, Bank(single), "onnxruntime")
     runs = int(np.clip(2e9 / max(1, layer.macs * batch), 15, 100))
-    times = kernel_times(artifact.model, [value], threads=threads, runs=runs)
+    times = kernel_times(artifact.model, values, threads=threads, runs=runs)
     return sum(t for key, t in times.items() if key.split("/")[0] not in _CONVERSIONS)
 
 
-def _single(graph: Graph, layer: Layer, shape: tuple[int, ...]) -> Graph:
-    """A graph of one layer and what it absorbs, on an input of ``shape``."""
-    fixed = 1 if layer.kind in ("Conv", "ConvTranspose") else len(shape) - 1
-    free = [f"d{i}" if i < fixed else n for i, n in enumerate(shape)]  # as in the network
+def _single(graph: Graph, layer: Layer, shapes: Sequence[tuple[int, ...]]) -> Graph:
+    """A graph of one layer and what it absorbs, on inputs of ``shapes``."""
+    inputs: list[onnx.ValueInfoProto] = []
+    for name, shape in zip(layer.inputs, shapes, strict=True):
+        fixed = 1 if layer.kind in ("Conv", "ConvTranspose") else len(shape) - 1
+        free = [f"d{i}" if i < fixed else n for i, n in enumerate(shape)]  # as in the network
+        if layer.kind == PRODUCT:
+            free = [f"{len(inputs)}d{i}" for i in range(len(shape))]
+        inputs.append(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, free))
     indices = (layer.node, *layer.absorbed)
     nodes = [graph.nodes[i] for i in indices]
     names = {n for node in nodes for n in node.input if n in graph.initializers}
@@ -271,7 +306,7 @@ def _single(graph: Graph, layer: Layer, shape: tuple[int, ...]) -> Graph:
         helper.make_graph(
             nodes,
             "layer",
-            [helper.make_tensor_value_info(layer.input, onnx.TensorProto.FLOAT, free)],
+            inputs,
             [helper.make_tensor_value_info(layer.output, onnx.TensorProto.FLOAT, None)],
             initializers,
         ),
@@ -280,5 +315,5 @@ def _single(graph: Graph, layer: Layer, shape: tuple[int, ...]) -> Graph:
     )
     lone = replace(layer, node=0, absorbed=tuple(range(1, len(nodes))))
     tensors = {n: graph.tensors[n] for node in nodes for n in node.output}
-    tensors[layer.input] = graph.tensors[layer.input]
-    return Graph(model, [lone], tensors)
+    tensors |= {name: graph.tensors[name] for name in layer.inputs}
+    return Graph(model, [] if layer.kind == PRODUCT else [lone], tensors)

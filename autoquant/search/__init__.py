@@ -192,7 +192,7 @@ def search(
     _save_inputs(context, run.folder / "inputs.npz")
     if context.cost.latency is not None:
         write_json(run.latency, to_profile(context.cost.latency).model_dump(mode="json"))
-    layers = [layer.to_dict() for layer in context.graph.layers]
+    layers = [layer.to_dict() for layer in (*context.graph.layers, *context.graph.products)]
     for callback in callbacks:
         callback.start(run.content, layers, tuple(study.results))
     _trials(study, context, settings, objectives, callbacks, say)

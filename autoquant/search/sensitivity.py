@@ -84,9 +84,10 @@ def _anchor(choices: Sequence[LayerChoice]) -> LayerChoice | None:
 
 def _error(context: Context, layer: Layer, choice: LayerChoice) -> float:
     """Relative squared error that a choice's weights and input add, in arbitrary units."""
-    weight = context.graph.array(layer.weight)
-    total = float((weight.astype(np.float64) ** 2).mean()) or 1.0
-    error = _FLOOR
+    error, total = _FLOOR, 1.0
+    if layer.weight:
+        weight = context.graph.array(layer.weight)
+        total = float((weight.astype(np.float64) ** 2).mean()) or 1.0
     if choice.weight_bits <= 8 or (choice.weight_bits == 16 and choice.int16):
         error += context.bank.get(layer, choice).error / total
     if choice.activation_bits < 32 and layer.kind != "Gather":
@@ -102,7 +103,11 @@ def _monotone(choices: Sequence[LayerChoice], values: Sequence[float]) -> tuple[
             wider = (
                 high.weight_bits >= low.weight_bits and high.activation_bits >= low.activation_bits
             )
-            if i != j and wider:
+            same = (high.weight_bits, high.activation_bits) == (
+                low.weight_bits,
+                low.activation_bits,
+            )
+            if wider and not same:
                 result[i] = max(result[i], values[j])
     return tuple(result)
 

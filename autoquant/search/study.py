@@ -86,6 +86,7 @@ def _nearest(choice: LayerChoice, found: Sequence[LayerChoice]) -> LayerChoice:
     return min(
         found,
         key=lambda c: (
+            c != choice,
             abs(c.weight_bits - choice.weight_bits),
             abs(c.activation_bits - choice.activation_bits),
         ),

@@ -22,7 +22,8 @@ from autoquant.compress.polish import polish
 from autoquant.compress.qdq import mode, resolve
 from autoquant.compress.rounding import ROUNDINGS
 from autoquant.cost import CostModel
-from autoquant.cost.table import TableModel, from_profile, measure_device
+from autoquant.cost.static import block_scale_bytes
+from autoquant.cost.table import PRECISIONS, TableModel, from_profile, measure_device
 from autoquant.errors import AutoquantError, CandidateError
 from autoquant.evaluate import Evaluator
 from autoquant.graph import Graph
@@ -93,13 +94,17 @@ class Context:
         return compress(self.graph, candidate, self.calibration, bank, dialect)
 
     def additive_cost(self, name: str) -> dict[str, tuple[float, ...]]:
-        """What each choice of each layer adds to a cost, taken alone: its weights' bytes, or
-        for ``latency_ms`` its kernel's time (0 where there is no latency model)."""
+        """What each choice of each layer adds to a cost, taken alone: its weights' bytes (with
+        the scales of blocks), or for ``latency_ms`` its kernel's time (0 where there is no
+        latency model)."""
         found = {}
         for layer, choices in self.choices.items():
             node = self.graph.by_name[layer]
             if name != "latency_ms":
-                found[layer] = tuple(c.weight_bits * node.parameters / 8 for c in choices)
+                found[layer] = tuple(
+                    c.weight_bits * node.parameters / 8 + block_scale_bytes(node, c)
+                    for c in choices
+                )
             elif self.cost.latency is None:
                 found[layer] = tuple(0.0 for _ in choices)
             else:
@@ -142,7 +147,7 @@ def prepare(
         }
     else:
         assert found_space is not None
-        choices = _effective(found_space.choices(graph.layers), graph)
+        choices = _effective(found_space.choices((*graph.layers, *graph.products)), graph)
     say(f"scoring the float network on {validation.samples:,} validation samples")
     evaluator = evaluator_for(task, graph, "validation", workers=workers, seed=seed)
     evaluator.set_reference(RUNTIMES[device.runtime]().open(float_model(original)))
@@ -251,11 +256,12 @@ def latency_inputs(task: Task, graph: Graph, batch: int) -> list[Array]:
 def _effective(
     choices: Mapping[str, tuple[LayerChoice, ...]], graph: Graph
 ) -> dict[str, tuple[LayerChoice, ...]]:
-    """The space's choices as the graph takes them, without duplicates."""
+    """The space's choices as the graph takes them, without duplicates or float products."""
     result = {}
     for name, found in choices.items():
         kept = [resolve(graph, Candidate({name: c})).choice(name) for c in found]
-        result[name] = tuple(dict.fromkeys(kept))
+        if graph.by_name[name].weight or not all(c.is_float for c in kept):
+            result[name] = tuple(dict.fromkeys(kept))
     return result
 
 
@@ -276,8 +282,9 @@ def _device_model(
         bank,
         latency_inputs(task, graph, batch),
         dialect=hardware.dialect,
-        precisions=[p for p in ("float", "int8", "dynamic") if p == "float" or p in modes],
+        precisions=[p for p in PRECISIONS if p == "float" or p in modes],
         threads=threads,
+        products=any(not graph.by_name[name].weight for name in choices),
     )
 
 

@@ -6,19 +6,21 @@ import numpy as np
 import pytest
 
 from autoquant.calibration import Moments
-from autoquant.compress.rounding import Rounding, integer_range
+from autoquant.candidate import block_size
+from autoquant.compress.rounding import Rounding, integer_range, scale_of_weights
 from autoquant.task import Array
 
 BITS = (2, 3, 4, 5, 6, 7, 8, 16)
-GRANULARITIES = ("channel", "tensor")
+GRANULARITIES = ("channel", "tensor", "block32")
+SCALES = {"channel": (6,), "tensor": (1,), "block32": (6, 2)}  # of `_weight`
 
 
-def _weight(rows: int = 6, columns: int = 18) -> Array:
+def _weight(rows: int = 6, columns: int = 40) -> Array:
     generator = np.random.default_rng(0)
     return generator.normal(size=(rows, columns)).astype(np.float32) * 0.1
 
 
-def _moments(columns: int = 18) -> Moments:
+def _moments(columns: int = 40) -> Moments:
     x = np.random.default_rng(1).normal(size=(columns, 400)) + 0.3
     return Moments((x @ x.T / 400)[None], x.mean(axis=1)[None], 400)
 
@@ -26,7 +28,7 @@ def _moments(columns: int = 18) -> Moments:
 def _restored(rounding: Rounding, weight: Array, bits: int, granularity: str) -> Array:
     moments = _moments(weight.shape[1])
     values, scale = rounding(weight, bits, granularity, moments)
-    return values * scale[:, None]
+    return values * scale_of_weights(scale, weight.shape[1], block_size(granularity))
 
 
 class RoundingContract:
@@ -42,7 +44,7 @@ class RoundingContract:
         assert np.issubdtype(values.dtype, np.signedinteger)
         assert low <= values.min() and values.max() <= high
         assert scale.dtype == np.float32
-        assert scale.shape == ((len(weight),) if granularity == "channel" else (1,))
+        assert scale.shape == SCALES[granularity]
         assert np.isfinite(scale).all() and (scale > 0).all()
 
     @pytest.mark.parametrize("granularity", GRANULARITIES)
