@@ -44,10 +44,10 @@ from autoquant.task import Array
 STRENGTH = 0.1  # λ: pull of the fit towards the float weight
 SAMPLES = 512  # calibration inputs that are seen
 TUNED = 5  # bits: a block is tuned if a layer of it has so many or fewer
-STEPS = 300  # of a block's tuning, fewer for large networks
-WORK = 1.2e12  # multiply-accumulates that decide what is large
+STEPS = 300  # of a block's tuning, fewer for larger networks
+WORK = 1.2e12  # multiply-accumulates of all tuning; where they allow under 100 steps, none
 BATCH = 32
-RATE = 4e-3  # of the integers, a step; of scales and biases half of it, in their own units
+RATE = 2e-3  # a step of the integers; of scales and biases in their own units
 THREADS = 1  # of torch, whatever the machine has: sums in another order are other bytes
 _HELD = 8  # one input of so many checks what is tuned on the others
 _BYTES = 512 << 20  # of a block's inputs and outputs, each
@@ -63,8 +63,6 @@ def polish(
     batches: Sequence[tuple[Array, ...]],
     dialect: str,
     workers: int = 1,
-    *,
-    tune: bool = True,
 ) -> Bank:
     """A bank with the refitted and tuned weights of a resolved candidate; the given one is left
     alone.
@@ -72,7 +70,7 @@ def polish(
     Convolutions and products with weights of at most 8 bits change (those with scales by block
     are refitted, not tuned); others keep the bank's weights. The result depends on the candidate
     and the first ``SAMPLES`` calibration inputs of ``batches`` alone, not on ``workers``, the
-    batches that run at a time. ``tune=False`` only refits.
+    batches that run at a time.
     """
     polished = bank.overlay()
     names = graph.inputs
@@ -104,7 +102,7 @@ def polish(
             polished.overrides[layer.name] = entry
             written = assemble(graph, candidate, calibration, polished, dialect)
         tuned = [x for x in changed if not polished.overrides[x.name].block]
-        if tune and any(candidate.choice(x.name).weight_bits <= TUNED for x in tuned):
+        if _steps(graph) and any(candidate.choice(x.name).weight_bits <= TUNED for x in tuned):
             outputs = _values(graph.model, block.target, exact, workers)
             found = _tune(graph, block, tuned, fitted, polished, grids, coarse, outputs)
             polished.overrides.update(found)
@@ -118,6 +116,12 @@ def _changes(layer: Layer, candidate: Candidate, bank: Bank) -> bool:
         and choice.weight_bits <= 8
         and not bank.is_shared(layer)
     )
+
+
+def _steps(graph: Graph) -> int:
+    """Steps of tuning a block; 0 where a network is too large to be tuned in a minute or two."""
+    steps = int(WORK / (3 * BATCH * max(1, graph.macs)))
+    return 0 if steps < STEPS // 3 else min(steps, STEPS)
 
 
 def _first(batches: Sequence[tuple[Array, ...]], samples: int) -> Iterator[tuple[Array, ...]]:
@@ -281,7 +285,8 @@ class _Tuned:
         self.low, self.high = integer_range(entry.bits)
         scale = broadcast_scale(entry.scale, entry.axis, entry.values.ndim)
         codes = entry.values.astype(np.float32)
-        inside = np.clip(fitted / scale - codes, -0.49, 0.49)  # rounds to the same integers
+        # half of the way: what the rounding moved on purpose does not flip at the first step
+        inside = np.clip(fitted / scale - codes, -0.49, 0.49) / 2
         self.codes = torch.from_numpy((codes + inside).astype(np.float32)).requires_grad_()
         self.scale = torch.from_numpy(np.array(scale)).requires_grad_()
         self.bias = None
@@ -382,14 +387,14 @@ class _Tuning:
         for found in self.tuned.values():
             groups.append({"params": [found.codes], "peak": RATE})
             groups.append(
-                {"params": [found.scale], "peak": RATE / 2 * float(found.scale.detach().mean())}
+                {"params": [found.scale], "peak": RATE * float(found.scale.detach().mean())}
             )
             if found.bias is not None:
-                groups.append({"params": [found.bias], "peak": RATE / 2 * spread})
+                groups.append({"params": [found.bias], "peak": RATE * spread})
         optimizer = torch.optim.Adam([{**g, "lr": g["peak"]} for g in groups])
         generator = torch.Generator().manual_seed(0)
         shares = torch.tensor([float(len(part[""])) for part in seen])
-        steps = int(np.clip(WORK / (3 * BATCH * max(1, self.graph.macs)), STEPS // 3, STEPS))
+        steps = _steps(self.graph)
         for step in range(steps):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * 0.5 * (1 + np.cos(np.pi * step / steps))
