@@ -238,8 +238,7 @@ class Hardware(document.Document):
     ) -> Kernel | None:
         """The narrowest kernel that is at least as wide in both, None where there is none.
 
-        Activations decide before weights. Ranges at run time need a kernel that takes them,
-        where the profile is analytic.
+        Activations decide before weights. Ranges at run time need a kernel that takes them.
         """
         fitting = [
             kernel
@@ -247,7 +246,7 @@ class Hardware(document.Document):
             if kernel.weight_bits >= weight_bits
             and kernel.activation_bits >= activation_bits
             and kernel.runs(kind)
-            and (not dynamic or kernel.dynamic or self.latency == "measured")
+            and (not dynamic or kernel.dynamic)
         ]
         order = [(k.activation_bits, k.weight_bits, k.dynamic != dynamic) for k in fitting]
         return fitting[order.index(min(order))] if fitting else None
