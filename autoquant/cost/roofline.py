@@ -162,6 +162,7 @@ class RooflineModel:
         self.counted = bool(device.active_mw or hardware.kernels[0].pj_per_mac)
         self.by_layer = {op.layer: i for i, op in enumerate(self.operators) if op.layer}
         self._known: dict[tuple[int, LayerChoice | None], _Work] = {}
+        self._last: tuple[Candidate, tuple[float, float | None]] | None = None
 
     @property
     def error(self) -> float:
@@ -170,11 +171,18 @@ class RooflineModel:
 
     def latency_ms(self, graph: Graph, candidate: Candidate, plan: Plan) -> float:
         """Predicted milliseconds of one batch of a resolved candidate."""
-        return self.predict(candidate.choice)[0]
+        return self._both(candidate)[0]
 
     def energy_mj(self, graph: Graph, candidate: Candidate, plan: Plan) -> float | None:
         """Predicted millijoules of one sample; None where the profile has no energies."""
-        return self.predict(candidate.choice)[1]
+        return self._both(candidate)[1]
+
+    def _both(self, candidate: Candidate) -> tuple[float, float | None]:
+        """`predict`, once for a candidate whose latency and energy are asked one after another."""
+        last = self._last
+        if last is None or last[0] is not candidate:
+            last = self._last = (candidate, self.predict(candidate.choice))
+        return last[1]
 
     def layer_ms(self, graph: Graph, layer: Layer, choice: LayerChoice) -> float:
         """What a layer takes at a choice, the other layers' weights stored as it is."""
