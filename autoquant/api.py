@@ -11,7 +11,7 @@ import yaml
 from autoquant import report
 from autoquant.candidate import Candidate
 from autoquant.compress.lower import lower
-from autoquant.cost.table import to_profile
+from autoquant.cost.table import TableModel, to_profile
 from autoquant.errors import RunError
 from autoquant.front import Front, Member
 from autoquant.hardware import Hardware, load_hardware
@@ -86,8 +86,8 @@ def search(
 
     ``task``: a Task or what the command line takes, with ``data`` for an ONNX file.
     ``settings``: the fields of `SearchSettings` (space, hardware, objectives, trials, timeout,
-    max_size_bytes, max_latency_ms, max_drop, batch, threads, workers, seed, name, runs_dir,
-    resume, …). Raises UserError, NoFeasibleMember.
+    max_size_bytes, max_latency_ms, max_energy_mj, max_peak_memory_bytes, max_drop, batch,
+    threads, workers, seed, name, runs_dir, resume, …). Raises UserError, NoFeasibleMember.
     """
     try:
         options = SearchSettings(**settings)
@@ -184,7 +184,7 @@ def profile(
     found = task if isinstance(task, Task) else load_task(task, data)
     say = ProgressBar().stage if progress else (lambda _: None)
     context = prepare(found, space="int8", batch=batch, threads=threads, say=say)
-    assert context.cost.latency is not None
+    assert isinstance(context.cost.latency, TableModel)
     model = to_profile(context.cost.latency)
     result = load_hardware("onnxruntime-cpu").model_copy(
         update={

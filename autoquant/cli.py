@@ -72,6 +72,10 @@ def search(
     timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="for trials")] = None,
     max_size_bytes: Annotated[int | None, typer.Option(metavar="N")] = None,
     max_latency_ms: Annotated[float | None, typer.Option(metavar="X")] = None,
+    max_energy_mj: Annotated[float | None, typer.Option(metavar="X")] = None,
+    max_peak_memory_bytes: Annotated[
+        int | None, typer.Option(metavar="N", help="of activations")
+    ] = None,
     max_drop: Annotated[
         float | None, typer.Option(metavar="X", help="in the metric's units, on validation")
     ] = None,
@@ -120,6 +124,8 @@ def search(
         "timeout": timeout,
         "max_size_bytes": max_size_bytes,
         "max_latency_ms": max_latency_ms,
+        "max_energy_mj": max_energy_mj,
+        "max_peak_memory_bytes": max_peak_memory_bytes,
         "max_drop": max_drop,
         "batch": batch,
         "threads": threads,

@@ -65,9 +65,10 @@ class NoFeasibleMember(AutoquantError):
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """Return a hint for an unknown ``name``: the closest valid ones, else all (shortened)."""
+    """Return a hint for an unknown ``name``: what it begins, else the closest, else all (short)."""
     names = [str(v) for v in valid]
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    begun = [n for n in names if name and n.startswith(name)][:3]
+    close = begun or difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     if close:
         return "did you mean " + " or ".join(repr(c) for c in close) + "?"
     shown = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")

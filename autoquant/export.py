@@ -418,7 +418,9 @@ sys.exit(1 if failed else 0)
 def _readme(front: Front, member: Member) -> str:
     found: Mapping[str, Any] = member.verified or member.searched.to_dict()
     latency = member.latency_ms
-    speed = "" if latency is None else f", {latency:.3f} ms"
+    measured = bool(member.verified and member.verified.get("latency_ms") is not None)
+    kind = "" if measured else f" predicted for {front.hardware}"
+    speed = "" if latency is None else f", {latency:.3f} ms{kind}"
     entries = "\n".join(
         f'options.add_session_config_entry("{key}", "{value}")'
         for key, value in SESSION_CONFIG.items()

@@ -181,7 +181,8 @@ _HOW_TO_READ = (
     "Every row was scored on the ONNX file itself. The first columns come from the validation "
     "split, which the search saw; the test columns come from data that it did not see. A drop "
     "is the float network minus the member on the same samples; ± is one standard error (of a "
-    "drop, the paired one; of a latency, the spread of its rounds)."
+    "drop, the paired one; of a measured latency, the spread of its rounds; of a predicted one, "
+    "the range of the device's model)."
 )
 
 
@@ -623,7 +624,7 @@ def _rows(front: Record) -> list[dict[str, str]]:
                 "drop": _with_error(member["searched"], "drop", percent),
                 "test": _figure(verified and verified.get("accuracy"), percent),
                 "test_drop": _with_error(verified or {}, "drop", percent),
-                "predicted": _digits(predicted.get("latency_ms")),
+                "predicted": _predicted(predicted, verified, baseline),
                 "measured": _measured(verified),
                 "size": _amount("size_bytes", predicted.get("size_bytes")),
                 "bits": _amount("average_weight_bits", bits),
@@ -763,6 +764,15 @@ def _with_error(score: Record, field: str, percent: bool, sign: str = "") -> str
     return f"{value} ± {_figure(error, percent)}" + (f" {sign}" if percent and sign else "")
 
 
+def _predicted(predicted: Record, verified: Record | None, baseline: Record) -> str:
+    """Predicted latency in ms; a range where it is not measured and the model knows its error."""
+    latency, error = predicted.get("latency_ms"), baseline.get("latency_error")
+    text = _digits(latency)
+    if latency is None or error is None or (verified or {}).get("latency_ms") is not None:
+        return text
+    return f"{text} ±{error:.0%}"
+
+
 def _measured(verified: Record | None) -> str:
     """Measured latency in ms with the spread of its rounds."""
     if not verified or verified.get("latency_ms") is None:
@@ -878,8 +888,8 @@ _PAGE = """<!DOCTYPE html>
 <h2>Members</h2>
 <p class="note">The member's ONNX file was scored itself. Searched figures come from the split that
 the search saw, test figures from data that it did not see. A drop is the float network minus the
-member on the same samples; ± is one standard error (of a drop, the paired one; of a latency, the
-spread of its rounds).</p>
+member on the same samples; ± is one standard error (of a drop, the paired one; of a measured
+latency, the spread of its rounds; of a predicted one, the range of the device's model).</p>
 <div class="wide">
 {members}
 </div>

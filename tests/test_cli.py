@@ -366,10 +366,18 @@ def test_profile_measures_into_a_file(
     ("command", "names"),
     [
         ("spaces", {"int8", "low-bit", "mixed", "weight-only"}),
-        ("hardware", {"onnxruntime-cpu"}),
+        (
+            "hardware",
+            {
+                "onnxruntime-cpu", "cortex-m4-cmsis-nn", "cortex-m4-x-cube-ai",
+                "cortex-m7-cmsis-nn", "cortex-m7-x-cube-ai", "cortex-m55-ethos-u55", "cortex-a53",
+                "cortex-a72", "cortex-a76", "jetson-orin-nano", "nvidia-t4", "nvidia-a100",
+                "xeon-amx", "qualcomm-hexagon", "edge-tpu", "imx500", "bitfusion",
+            },
+        ),
         ("tasks", {"mnist"}),
     ],
-)
+)  # fmt: skip
 def test_what_is_built_in(cli: Callable[..., Output], command: str, names: set[str]) -> None:
     found = {item["name"]: item["description"] for item in cli(command, "--json").json}
     assert set(found) == names and all(found.values())

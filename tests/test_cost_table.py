@@ -273,7 +273,7 @@ def test_n_bit_kernels_are_timed_as_they_run(measured: dict[str, TableModel], ca
         found.resolved({**layers, "head": FLOAT})
     )
     assert predicted.latency_ms is not None and predicted.latency_ms > 0
-    assert model.layer_ms(found.graph, query, "nbits4b32") >= 0
+    assert model.layer_ms(found.graph, query, PRECISIONS["nbits4b32"]) >= 0
     with pytest.raises(HardwareError, match=r"no kernel for layer .query. .nbits4b64."):
         CostModel(found.graph, "onnxruntime", model).predict(
             found.resolved({"query": PRECISIONS["nbits4b64"]})
@@ -305,4 +305,4 @@ def test_products_of_activations_are_timed_where_they_can_be_int8(cache: Path) -
         assert (costs.predict(candidate).latency_ms or 0) > 0
     with pytest.raises(HardwareError, match="no kernel for layer 'mix'"):
         CostModel(found.graph, "onnxruntime", without).predict(eight)
-    assert without.layer_ms(found.graph, mix, "float") == 0.0
+    assert without.layer_ms(found.graph, mix, FLOAT) == 0.0

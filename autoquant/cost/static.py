@@ -500,12 +500,12 @@ class _File:
 
 def _varint(value: int) -> int:
     """Bytes of a number in a protobuf."""
-    return max(1, math.ceil(value.bit_length() / 7))
+    return (value.bit_length() + 6) // 7 or 1
 
 
 def _framed(size: int) -> int:
-    """A field of ``size`` bytes with its tag and length."""
-    return 1 + _varint(size) + size
+    """A field of ``size`` bytes with its tag and length: most of the arithmetic here."""
+    return size + 2 if size < 128 else 1 + _varint(size) + size
 
 
 _string = _framed

@@ -25,7 +25,7 @@ from autoquant.calibration import Calibration, Histogram
 from autoquant.candidate import FLOAT, NBITS, Candidate, LayerChoice
 from autoquant.compress import compress
 from autoquant.compress.bank import Bank
-from autoquant.compress.qdq import Plan, nbits_mode, plan, resolve
+from autoquant.compress.qdq import Plan, mode, nbits_mode, plan, resolve
 from autoquant.errors import HardwareError
 from autoquant.graph import IR_VERSION, PRODUCT, Graph, Layer, attributes
 from autoquant.hardware import LatencyModel
@@ -64,11 +64,15 @@ class TableModel:
         features = _features(graph, plan, self.kernel_ms)
         return sum(self.coefficients.get(name, 0.0) * value for name, value in features.items())
 
-    def layer_ms(self, graph: Graph, layer: Layer, mode: str) -> float:
-        """What a layer's kernel adds at a mode of `Plan.modes`, boundaries left out."""
+    def energy_mj(self, graph: Graph, candidate: Candidate, plan: Plan) -> None:
+        """Kernels are timed here, not metered."""
+        return None
+
+    def layer_ms(self, graph: Graph, layer: Layer, choice: LayerChoice) -> float:
+        """What a layer's kernel adds at a choice, boundaries left out."""
         if layer.kind == "Gather":
             return 0.0
-        name = precision(mode)
+        name = precision(mode(layer, choice))
         if layer.kind == PRODUCT and signature(graph, layer, name) not in self.kernel_ms:
             return 0.0
         return self.coefficients.get(name, 1.0) * self.kernel_ms[signature(graph, layer, name)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 import platform
 import tempfile
@@ -20,7 +21,7 @@ from autoquant import document
 from autoquant.calibration import fixed_batch
 from autoquant.candidate import Candidate
 from autoquant.compress import Artifact
-from autoquant.cost.table import to_profile
+from autoquant.cost.table import TableModel, to_profile
 from autoquant.errors import HardwareError, NoFeasibleMember, RunError
 from autoquant.evaluate import Evaluator
 from autoquant.front import (
@@ -56,6 +57,8 @@ __all__ = ["Callback", "SearchSettings", "search"]
 
 POLISHED = 6  # trials of a search, at most a tenth, that polish members of the front
 OBJECTIVES = ("accuracy", "latency_ms", "size_bytes")
+_COST_LIMITS = ("max_size_bytes", "max_latency_ms", "max_energy_mj", "max_peak_memory_bytes")
+_NOT_MEASURED = dict.fromkeys(("latency_ms", "latency_median_ms", "latency_spread_ms"))
 _SAME_ON_RESUME = ("task", "space", "hardware", "objectives", "batch", "threads", "seed")
 
 
@@ -79,6 +82,8 @@ class SearchSettings:
     max_size_bytes: int | None = None
     max_latency_ms: float | None = None
     max_drop: float | None = None
+    max_energy_mj: float | None = None
+    max_peak_memory_bytes: int | None = None
     batch: int = 1
     threads: int = 1
     workers: int = 1
@@ -101,7 +106,7 @@ class SearchSettings:
             raise RunError(
                 f"--evaluation-threads is {self.evaluation_threads!r}; it must be 0 or more"
             )
-        for name in ("timeout", "max_size_bytes", "max_latency_ms"):
+        for name in ("timeout", *_COST_LIMITS):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise RunError(f"--{name.replace('_', '-')} is {value!r}; it must be above 0")
@@ -122,6 +127,8 @@ class SearchSettings:
             "max_size_bytes": self.max_size_bytes,
             "max_latency_ms": self.max_latency_ms,
             "max_drop": self.max_drop,
+            "max_energy_mj": self.max_energy_mj,
+            "max_peak_memory_bytes": self.max_peak_memory_bytes,
             "batch": self.batch,
             "threads": self.threads,
             "workers": self.workers,
@@ -163,14 +170,20 @@ def search(
             task,
             space=load_space(settings.space),
             hardware=run.hardware(load_hardware(settings.hardware)),
-            limits=Limits(settings.max_size_bytes, settings.max_latency_ms, settings.max_drop),
+            limits=Limits(
+                settings.max_size_bytes,
+                settings.max_latency_ms,
+                settings.max_drop,
+                settings.max_energy_mj,
+                settings.max_peak_memory_bytes,
+            ),
             batch=settings.batch,
             threads=settings.threads,
             evaluation_workers=settings.evaluation_threads,
             seed=settings.seed,
             say=say,
         )
-        _check_predicted(objectives, context)
+        _check_predicted(objectives, settings, context)
         study = Study(
             context,
             StudySettings(
@@ -190,7 +203,7 @@ def search(
         run.discard()
         raise
     _save_inputs(context, run.folder / "inputs.npz")
-    if context.cost.latency is not None:
+    if isinstance(context.cost.latency, TableModel):
         write_json(run.latency, to_profile(context.cost.latency).model_dump(mode="json"))
     layers = [layer.to_dict() for layer in (*context.graph.layers, *context.graph.products)]
     for callback in callbacks:
@@ -206,11 +219,14 @@ def search(
     return front
 
 
-def _check_predicted(objectives: Sequence[str], context: Context) -> None:
-    for name in objectives:
-        if name != "accuracy" and getattr(context.baseline, name) is None:
+def _check_predicted(objectives: Sequence[str], settings: SearchSettings, context: Context) -> None:
+    asked = {name: "objectives" for name in objectives if name != "accuracy"}
+    limits = [name for name in _COST_LIMITS if getattr(settings, name) is not None]
+    asked |= {name.removeprefix("max_"): name.replace("_", "-") for name in limits}
+    for name, option in asked.items():
+        if getattr(context.baseline, name) is None:
             raise HardwareError(
-                f"--objectives: hardware {context.hardware.name!r} does not predict {name}"
+                f"--{option}: hardware {context.hardware.name!r} does not predict {name}"
             )
 
 
@@ -228,7 +244,7 @@ def _first(
     }
     write_json(folder / "sensitivity.json", named)
     found = uniform_candidates(context.choices)
-    for name, points in (("size_bytes", 14), ("latency_ms", 8)):
+    for name, points in (("size_bytes", 14), ("latency_ms", 8), ("energy_mj", 8)):
         if name in objectives or (name == "size_bytes" and len(objectives) == 2):
             costs = context.additive_cost(name)
             found += curve(context.choices, prior, costs, points)
@@ -319,7 +335,8 @@ def _why_none(name: str, results: Sequence[TrialResult]) -> str:
         return f"run {name!r}: no trial was finished"
     return (
         f"run {name!r}: none of {len(results)} trials satisfies the limits; "
-        "loosen --max-size-bytes, --max-latency-ms or --max-drop, or widen the space"
+        "loosen --max-size-bytes, --max-latency-ms, --max-energy-mj, --max-peak-memory-bytes or "
+        "--max-drop, or widen the space"
     )
 
 
@@ -347,9 +364,12 @@ def _front(
         "latency_ms": None,
         "size_bytes": len(model),
         "predicted": context.baseline.to_dict(),
+        "latency_error": _known_error(context),
     }
     if members:
         say(f"verifying {len(members)} members of the front")
+        if context.hardware.latency == "analytic":
+            say(f"latencies are predictions for {context.hardware.name}; none is measured here")
         members = _verify(task, settings, context, results, members, run.folder, baseline)
     return Front(
         run=run.name,
@@ -366,6 +386,12 @@ def _front(
     )
 
 
+def _known_error(context: Context) -> float | None:
+    """How far predicted latencies are off, as a share; None where nobody has measured it."""
+    model = context.cost.latency
+    return None if model is None or math.isnan(model.error) else model.error
+
+
 def _verify(
     task: Task,
     settings: SearchSettings,
@@ -375,7 +401,11 @@ def _verify(
     folder: Path,
     baseline: dict[str, Any],
 ) -> list[Member]:
-    """Rebuild every member's file, score it on the test split and measure its latency."""
+    """Rebuild every member's file, score it on the test split and measure its latency.
+
+    The latency of an analytic device stays null: this machine's would be another device's.
+    """
+    here = context.hardware.latency == "measured"
     runtime = RUNTIMES[context.hardware.runtime]()
     hashes = {r.trial: r.sha256 for r in results}
     test = _test_evaluator(task, context)
@@ -383,8 +413,8 @@ def _verify(
         baseline["test_accuracy"] = test.set_reference(
             runtime.open(float_model(context.original))
         ).value
-    inputs = latency_inputs(task, context.graph, settings.batch)
-    sessions = {"float": runtime.open(float_model(context.original), settings.threads)}
+    baseline_model = float_model(context.original)
+    sessions = {"float": runtime.open(baseline_model, settings.threads)} if here else {}
     scores = {}
     for member in members:
         path = folder / "artifacts" / f"{member.trial}.onnx"
@@ -396,18 +426,27 @@ def _verify(
                 "the network, the data or a library changed since: start a new run"
             )
         artifact.save(path)
-        sessions[str(member.trial)] = runtime.open(artifact.model, settings.threads)
+        if here:
+            sessions[str(member.trial)] = runtime.open(artifact.model, settings.threads)
         found = member.searched
         if test is not None:
             found = test.score(runtime.open(artifact.model))
         scores[member.trial] = found
-    times = measure(sessions, inputs, threads=settings.threads, runtime=runtime.name, seconds=0.5)
-    baseline.update(times["float"].to_dict())
+    times: dict[str, Mapping[str, Any]] = {}
+    if here:
+        inputs = latency_inputs(task, context.graph, settings.batch)
+        name, threads = runtime.name, settings.threads
+        found_times = measure(sessions, inputs, threads=threads, runtime=name, seconds=0.5)
+        times = {key: time.to_dict() for key, time in found_times.items()}
+        baseline.update(times["float"])
     _remove_old_artifacts(folder / "artifacts", {m.trial for m in members})
     return [
         replace(
             member,
-            verified={**scores[member.trial].to_dict(), **times[str(member.trial)].to_dict()},
+            verified={
+                **scores[member.trial].to_dict(),
+                **times.get(str(member.trial), _NOT_MEASURED),
+            },
             artifact=f"artifacts/{member.trial}.onnx",
             folder=folder,
         )

@@ -21,12 +21,13 @@ from autoquant.compress.lower import lower
 from autoquant.compress.polish import polish
 from autoquant.compress.qdq import mode, resolve
 from autoquant.compress.rounding import ROUNDINGS
-from autoquant.cost import CostModel
+from autoquant.cost import CostModel, DeviceModel
+from autoquant.cost.roofline import RooflineModel, kernel_of
 from autoquant.cost.static import block_scale_bytes
 from autoquant.cost.table import PRECISIONS, TableModel, from_profile, measure_device
-from autoquant.errors import AutoquantError, CandidateError
+from autoquant.errors import AutoquantError, CandidateError, HardwareError
 from autoquant.evaluate import Evaluator
-from autoquant.graph import Graph
+from autoquant.graph import PRODUCT, Graph
 from autoquant.hardware import Hardware, load_hardware
 from autoquant.result import Cost, Score, TrialResult
 from autoquant.runtime import RUNTIMES, OnnxRuntime
@@ -42,19 +43,29 @@ def silent(_: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Upper bounds; None is no bound. ``drop`` is in the metric's units, on validation."""
+    """Upper bounds; None is no bound. ``drop`` is in the metric's units, on validation.
+
+    ``room``: `Hardware.room`, what the device's memory holds.
+    """
 
     size_bytes: int | None = None
     latency_ms: float | None = None
     drop: float | None = None
+    energy_mj: float | None = None
+    peak_memory_bytes: int | None = None
+    room: tuple[int, bool] | None = None
 
     def excess(self, predicted: Cost, drop: float | None) -> dict[str, float]:
         """Limit → how far it is passed (relative for costs; at most 0 is feasible)."""
         found = {}
-        if self.size_bytes is not None:
-            found["size_bytes"] = predicted.size_bytes / self.size_bytes - 1
-        if self.latency_ms is not None and predicted.latency_ms is not None:
-            found["latency_ms"] = predicted.latency_ms / self.latency_ms - 1
+        for name in ("size_bytes", "latency_ms", "energy_mj", "peak_memory_bytes"):
+            limit, value = getattr(self, name), getattr(predicted, name)
+            if limit is not None and value is not None:
+                found[name] = value / limit - 1
+        if self.room is not None:
+            size, with_weights = self.room
+            needed = predicted.peak_memory_bytes + with_weights * predicted.weight_bytes
+            found["room"] = needed / size - 1
         if self.drop is not None and drop is not None:
             found["drop"] = drop - self.drop
         return found
@@ -95,21 +106,23 @@ class Context:
 
     def additive_cost(self, name: str) -> dict[str, tuple[float, ...]]:
         """What each choice of each layer adds to a cost, taken alone: its weights' bytes (with
-        the scales of blocks), or for ``latency_ms`` its kernel's time (0 where there is no
-        latency model)."""
+        the scales of blocks), or for ``latency_ms`` and ``energy_mj`` its kernel's (0 where no
+        model knows)."""
         found = {}
         for layer, choices in self.choices.items():
             node = self.graph.by_name[layer]
-            if name != "latency_ms":
+            model = self.cost.latency
+            if name not in ("latency_ms", "energy_mj"):
                 found[layer] = tuple(
                     c.weight_bits * node.parameters / 8 + block_scale_bytes(node, c)
                     for c in choices
                 )
-            elif self.cost.latency is None:
-                found[layer] = tuple(0.0 for _ in choices)
+            elif name == "latency_ms" and model is not None:
+                found[layer] = tuple(model.layer_ms(self.graph, node, c) for c in choices)
+            elif isinstance(model, RooflineModel):
+                found[layer] = tuple(model.layer_mj(node, c) for c in choices)
             else:
-                kernel = self.cost.latency.layer_ms
-                found[layer] = tuple(kernel(self.graph, node, mode(node, c)) for c in choices)
+                found[layer] = tuple(0.0 for _ in choices)
         return found
 
 
@@ -142,12 +155,16 @@ def prepare(
     graph = _rescaled(original, settings, calibration_split, workers)
     if isinstance(space, Candidate):
         resolved = resolve(graph, space)
+        for layer in graph.layers:
+            if layer.kind != "Gather" and device.latency == "analytic":
+                kernel_of(device, layer.name, layer.kind, resolved.choice(layer.name))
         choices: dict[str, tuple[LayerChoice, ...]] = {
             name: (choice,) for name, choice in resolved.layers.items()
         }
     else:
         assert found_space is not None
-        choices = _effective(found_space.choices((*graph.layers, *graph.products)), graph)
+        offered = _effective(found_space.choices((*graph.layers, *graph.products)), graph)
+        choices = _available(offered, graph, device)
     say(f"scoring the float network on {validation.samples:,} validation samples")
     evaluator = evaluator_for(task, graph, "validation", workers=workers, seed=seed)
     evaluator.set_reference(RUNTIMES[device.runtime]().open(float_model(original)))
@@ -166,15 +183,18 @@ def prepare(
         ((graph.by_name[name], c) for name, found in choices.items() for c in found), workers
     )
     say(f"weight bank: {entries} entries, {size / 1e6:.1f} MB, {time.perf_counter() - start:.1f} s")
-    predictor = None
-    if latency and device.model is not None:
+    predictor: DeviceModel | None = None
+    if latency and device.latency == "analytic":
+        predictor = RooflineModel(graph, device, batch, threads)
+    elif latency and device.model is not None:
         predictor = from_profile(device.model, batch, threads)
     elif latency:
         say("timing the kernels of this machine")
-        predictor = _device_model(task, graph, calibration, bank, device, choices, batch, threads)
-        say(f"latency model: {predictor.error:.1%} mean error on held-out mixes")
+        table = _device_model(task, graph, calibration, bank, device, choices, batch, threads)
+        say(f"latency model: {table.error:.1%} mean error on held-out mixes")
+        predictor = table
     cost = CostModel(graph, device.dialect, predictor, bank)
-    baseline = cost.predict(resolve(graph, Candidate()))
+    baseline = cost.baseline()
     return Context(
         original=original,
         graph=graph,
@@ -184,7 +204,7 @@ def prepare(
         cost=cost,
         evaluator=evaluator,
         choices=choices,
-        limits=limits or Limits(),
+        limits=replace(limits or Limits(), room=device.room),
         baseline=baseline,
         sample=tuple(array[:8] for array in calibration_split.batches[0]),
         probe=_probe(calibration_split, graph),
@@ -262,6 +282,33 @@ def _effective(
         kept = [resolve(graph, Candidate({name: c})).choice(name) for c in found]
         if graph.by_name[name].weight or not all(c.is_float for c in kept):
             result[name] = tuple(dict.fromkeys(kept))
+    return result
+
+
+def _available(
+    choices: Mapping[str, tuple[LayerChoice, ...]], graph: Graph, hardware: Hardware
+) -> dict[str, tuple[LayerChoice, ...]]:
+    """The choices that the device can run. Raises HardwareError for a layer without any.
+
+    onnxruntime on this machine runs all of them: in float, where it has no kernel.
+    """
+    if hardware.latency == "measured":
+        return dict(choices)
+    result = {}
+    for name, found in choices.items():
+        kind = graph.by_name[name].kind
+        kept = [
+            c
+            for c in found
+            if kind in ("Gather", PRODUCT)
+            or hardware.kernel(kind, c.weight_bits, c.activation_bits, c.dynamic) is not None
+        ]
+        if not kept:
+            raise HardwareError(
+                f"hardware {hardware.name!r} runs {hardware.pairs(kind)} on a {kind}, and the "
+                f"space offers layer {name!r} {', '.join(map(str, found))}"
+            )
+        result[name] = tuple(kept)
     return result
 
 
