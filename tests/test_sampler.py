@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import optuna
 import pytest
 from optuna.samplers import BaseSampler
 from optuna.testing.pytest_samplers import (
@@ -16,9 +15,7 @@ from optuna.testing.pytest_samplers import (
 from autoquant.search.sampler import SurrogateSampler
 
 
-class TestConformance(
-    BasicSamplerTestCase, MultiObjectiveSamplerTestCase, RelativeSamplerTestCase
-):
+class TestConformance(BasicSamplerTestCase, MultiObjectiveSamplerTestCase, RelativeSamplerTestCase):
     """All that Optuna ships but ``SingleOnlySamplerTestCase``, which is for samplers that
     refuse several objectives."""
 

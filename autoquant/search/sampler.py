@@ -84,7 +84,8 @@ class _Dimension:
         if isinstance(d, CategoricalDistribution):
             return int(d.to_internal_repr(value))
         assert isinstance(d, IntDistribution | FloatDistribution) and self.values is not None
-        return min(max(round((value - d.low) / (d.step or 1)), 0), len(self.values) - 1)
+        at = round((float(value) - d.low) / (d.step or 1))
+        return int(min(max(at, 0), len(self.values) - 1))
 
     def value(self, position: float) -> Any:
         if self.values is not None:
@@ -106,11 +107,11 @@ class _Dimension:
     def rows(self, positions: Array) -> Array:
         """(candidates, size): rows of ``root``; between two knots, their mean by distance."""
         if self.values is not None:
-            return self.root[positions.astype(int)]
+            return np.asarray(self.root[positions.astype(int)])
         at = positions * (self.size - 1)
         left = np.minimum(at.astype(int), self.size - 2)
         part = (at - left)[:, None]
-        return (1 - part) * self.root[left] + part * self.root[left + 1]
+        return np.asarray((1 - part) * self.root[left] + part * self.root[left + 1])
 
     def random(self, generator: np.random.Generator, count: int) -> Array:
         if self.values is None:
@@ -315,7 +316,7 @@ class _Process:
 
     def _shares(self, rows: Array) -> Array:
         found = self.scale * self.space.sums(self.table, rows)
-        return found / np.maximum(found.sum(1) + self.offset, 1e-12)[:, None]
+        return np.asarray(found / np.maximum(found.sum(1) + self.offset, 1e-12)[:, None])
 
     def _mean(self, rows: Array) -> tuple[Array, Array]:
         """The mean under the corrected table, and what its corrections add by linearization."""
@@ -415,9 +416,7 @@ class _Process:
         """Mean and standard deviation (candidates, outputs), of what is without noise."""
         a, b, _ = self.hyper
         features = self._features(rows)
-        gaps = cdist(
-            self.space.coordinates(rows), self.space.coordinates(self.rows), "cityblock"
-        )
+        gaps = cdist(self.space.coordinates(rows), self.space.coordinates(self.rows), "cityblock")
         cross = a * a * (features @ self.features.T) + b * b * np.exp(-gaps) + 1.0
         half = solve_triangular(self.lower, cross.T, lower=True, check_finite=False)
         own = a * a * (features**2).sum(1) + b * b + 1.0
@@ -663,29 +662,29 @@ class SurrogateSampler(BaseSampler):
         pool = self._pool(model, observed, space, generator, seen, signs)
         if not len(pool):
             return self._unseen(space, generator, seen)
-        return pool[self._best(model, observed, pool, space, signs)]
+        best: Array = pool[self._best(model, observed, pool, space, signs)]
+        return best
 
     def _solutions(self, space: _Space, count: int) -> list[Array]:
-        """The priors' own solutions: most from their mean, the rest from each, by budgets."""
-        tables = [[np.asarray(p[d.name], float) for d in space.dimensions if d.name in p]
-                  for p in self.priors]  # fmt: skip
-        mean = [space.prior[i] for i in space.known]
-        parts = [mean, *(t for t in tables if len(self.priors) > 1 and len(t) == len(mean))]
-        kinds = [(t, c) for t in parts for c in self.costs.values()]
-        found: list[Array] = []
-        for i, (table, cost) in enumerate(kinds):
-            share = count / len(kinds) if len(kinds) == 1 else count * (0.5 if i == 0 else
-                    0.5 / (len(kinds) - 1))  # fmt: skip
-            picks = exact([np.asarray(t) for t in table], self._costs(space, cost))
-            where = np.geomspace(1, GRID + 1, max(2, round(share))).astype(int) - 1
-            middle = np.array([0.0 if d.values is None else (d.size - 1) // 2
-                               for d in space.dimensions], dtype=float)  # fmt: skip
-            for at in where:
-                row = middle.copy()
-                row[space.known] = picks[at]
-                found.append(row)
-        unique = {row.tobytes(): row for row in found}
-        return list(unique.values())
+        """The priors' own solutions at a spread of budgets: half of them the mean's."""
+        tables = [[p for p in space.prior if p is not None]]
+        for prior in self.priors if len(self.priors) > 1 else ():
+            names = [space.dimensions[i].name for i in space.known]
+            if all(n in prior for n in names):
+                tables.append([np.asarray(prior[n], float) for n in names])
+        middle = [0.0 if d.values is None else float((d.size - 1) // 2) for d in space.dimensions]
+        costs = [self._costs(space, table) for table in self.costs.values()]
+        found: dict[bytes, Array] = {}
+        for number, table in enumerate(tables):
+            share = 1.0 if len(tables) == 1 else 0.5 / (1 if number == 0 else len(tables) - 1)
+            points = max(2, round(count * share / len(costs)))
+            for cost in costs:
+                picks = exact(table, cost)
+                for at in np.geomspace(1, GRID + 1, points).astype(int) - 1:
+                    row = np.array(middle)
+                    row[space.known] = picks[at]
+                    found.setdefault(row.tobytes(), row)
+        return list(found.values())
 
     def _costs(self, space: _Space, table: Table) -> list[Array]:
         return [
@@ -702,8 +701,8 @@ class SurrogateSampler(BaseSampler):
         gap = column - signs[self.learned] * self.ideal
         return np.log(np.maximum(gap, 0.0) + max(self.noise, 1e-9))
 
-    def _others(self, count: int) -> list[int]:
-        return [i for i in range(count) if i != self.learned]
+    def _others(self, count: int) -> Array:
+        return np.array([i for i in range(count) if i != self.learned], dtype=int)
 
     def _regressors(self, space: _Space) -> Callable[[Array], Array]:
         """Candidates → additive costs and a constant: the mean of the other objectives."""
@@ -832,7 +831,7 @@ class SurrogateSampler(BaseSampler):
                     sum(w * t[i] / top for w, t, top in zip(share, scaled, tops, strict=True))
                     for i in range(len(space.known))
                 ]
-                picks = exact([table[i] for i in space.known], cost)  # type: ignore[misc,arg-type]
+                picks = exact([table[i] for i in space.known], cost)  # type: ignore[misc]
                 some = np.unique(picks, axis=0)
                 count = min(len(some), 48 if k == 0 else 32)
                 for at in generator.permutation(len(some))[:count]:
@@ -893,9 +892,10 @@ class SurrogateSampler(BaseSampler):
         values[:, others] = costs[finalists]
         exact_columns = self._fill(values, pool[finalists], space, signs)[others]
         sharp = np.where(exact_columns, 0.0, spreads[finalists])
-        final = gain(
-            means[finalists, 0], deviations[finalists, 0], values[:, others], sharp
-        ) * likely[finalists]
+        final = (
+            gain(means[finalists, 0], deviations[finalists, 0], values[:, others], sharp)
+            * likely[finalists]
+        )
         worst = np.array([self._figures(space, pool[i])[1] for i in finalists])
         if not (worst <= 0).any():
             return int(finalists[np.argmin(worst)])

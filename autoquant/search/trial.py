@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from autoquant.calibration import Calibration, calibrate, fixed_batch
+from autoquant.calibration import Calibration, calibrate, fixed_batch, rebatch
 from autoquant.candidate import Candidate, LayerChoice
 from autoquant.compress import Artifact, compress
 from autoquant.compress.bank import Bank
@@ -23,11 +23,11 @@ from autoquant.compress.rounding import ROUNDINGS
 from autoquant.cost import CostModel
 from autoquant.cost.table import TableModel, from_profile, measure_device
 from autoquant.errors import AutoquantError, CandidateError
-from autoquant.evaluate import Evaluator
+from autoquant.evaluate import Evaluator, divergence, pad
 from autoquant.graph import Graph
 from autoquant.hardware import Hardware, load_hardware
 from autoquant.result import Cost, Score, TrialResult
-from autoquant.runtime import RUNTIMES, OnnxRuntime
+from autoquant.runtime import RUNTIMES, OnnxRuntime, Session, run_batches
 from autoquant.space import Rule, Space, load_space
 from autoquant.task import Array, Split, Task, to_numpy
 
@@ -58,13 +58,30 @@ class Limits:
         return found
 
 
+@dataclass(frozen=True, slots=True)
+class Against:
+    """What a trial is compared with while it runs.
+
+    ``origin``: what proposed its candidate. ``trial``, ``evidence``: the best member that costs
+    no more in any objective; the trial stops where that is surely better. ``picks``: the
+    solver's picks that it would replace at about their cost, as (trial, metric, divergence on
+    the second inputs).
+    """
+
+    origin: str = "sampler"
+    trial: int | None = None
+    evidence: str | None = None
+    picks: tuple[tuple[int, float, float], ...] = ()
+
+
 @dataclass(frozen=True)
 class Context:
     """All that a trial needs, made once by `prepare`; pickles for workers.
 
     ``sample``: up to eight calibration inputs. ``probe``: calibration inputs to compare
     outputs on; images are mixed in pairs, since networks know their training images.
-    ``inputs``: the calibration batches, which polishing runs.
+    ``expected``: the float network's outputs on them. ``inputs``: the calibration batches,
+    which polishing runs.
     """
 
     graph: Graph
@@ -79,6 +96,16 @@ class Context:
     sample: tuple[Array, ...]
     probe: tuple[Array, ...]
     inputs: tuple[tuple[Array, ...], ...]
+    expected: Array
+
+    def second(self, session: Session) -> float:
+        """The divergence of an artifact's outputs on the second set of inputs, the probe."""
+        outputs = _probed(session, self.probe, self.evaluator)
+        return divergence(self.expected, outputs, self.evaluator.metric == "top1")
+
+    def predict(self, candidate: Candidate) -> Cost:
+        """What a candidate costs, before it is built."""
+        return self.cost.predict(resolve(self.graph, candidate))
 
     def compress(self, candidate: Candidate) -> Artifact:
         """The candidate's artifact, in this context's dialect; polished if it says so."""
@@ -91,11 +118,15 @@ class Context:
 
     def additive_cost(self, name: str) -> dict[str, tuple[float, ...]]:
         """What each choice of each layer adds to a cost, taken alone: its weights' bytes, or
-        for ``latency_ms`` its kernel's time (0 where there is no latency model)."""
+        for ``latency_ms`` its kernel's time (0 where there is no latency model), or ``bops``."""
         found = {}
         for layer, choices in self.choices.items():
             node = self.graph.by_name[layer]
-            if name != "latency_ms":
+            if name == "bops":
+                found[layer] = tuple(
+                    float(node.macs * c.weight_bits * c.activation_bits) for c in choices
+                )
+            elif name != "latency_ms":
                 found[layer] = tuple(c.weight_bits * node.parameters / 8 for c in choices)
             elif self.cost.latency is None:
                 found[layer] = tuple(0.0 for _ in choices)
@@ -140,7 +171,8 @@ def prepare(
     workers = evaluation_workers or os.cpu_count() or 1
     say(f"scoring the float network on {validation.samples:,} validation samples")
     evaluator = evaluator_for(task, graph, "validation", workers=workers, seed=seed)
-    evaluator.set_reference(RUNTIMES[device.runtime]().open(float_model(graph)))
+    session = RUNTIMES[device.runtime]().open(float_model(graph))
+    evaluator.set_reference(session)
     say(f"calibrating on {calibration_split.samples:,} samples")
     settings = found_space or Space(rules=(Rule(),))
     calibration = calibrate(
@@ -165,6 +197,7 @@ def prepare(
         say(f"latency model: {predictor.error:.1%} mean error on held-out mixes")
     cost = CostModel(graph, device.dialect, predictor, bank)
     baseline = cost.predict(resolve(graph, Candidate()))
+    probe = _probe(calibration_split, graph)
     return Context(
         graph=graph,
         calibration=calibration.without_moments(),
@@ -176,8 +209,9 @@ def prepare(
         limits=limits or Limits(),
         baseline=baseline,
         sample=tuple(array[:8] for array in calibration_split.batches[0]),
-        probe=_probe(calibration_split, graph),
+        probe=probe,
         inputs=calibration_split.batches,
+        expected=_probed(session, probe, evaluator),
     )
 
 
@@ -192,6 +226,19 @@ def _probe(split: Split, graph: Graph) -> tuple[Array, ...]:
         mixed = 0.6 * joined[0] + 0.4 * joined[0][::-1, :, :, ::-1]
         return (mixed.astype(np.float32),)
     return joined
+
+
+def _probed(session: Session, probe: tuple[Array, ...], evaluator: Evaluator) -> Array:
+    """First outputs on the probe, in batches as large as the evaluator's."""
+    rows = len(evaluator.batches[0][0])
+    batches = rebatch([probe], rows)
+    counts = [len(batch[0]) for batch in batches]
+    if evaluator.fixed:
+        batches = [tuple(pad(a, rows) for a in batch) for batch in batches]
+    found = run_batches(session, batches, evaluator.workers)
+    return np.concatenate(
+        [np.asarray(outputs[0])[:count] for outputs, count in zip(found, counts, strict=True)]
+    )
 
 
 def evaluator_for(
@@ -266,12 +313,20 @@ def _device_model(
 
 
 def run_trial(
-    context: Context, candidate: Candidate, trial: int, seed: int = 0, save: Path | None = None
+    context: Context,
+    candidate: Candidate,
+    trial: int,
+    seed: int = 0,
+    save: Path | None = None,
+    against: Against | None = None,
 ) -> TrialResult:
     """Compress, score and cost one candidate; ``save`` keeps the file. An error becomes a
-    failed result."""
+    failed result, and what ``against`` beats is stopped."""
+    against = against or Against()
     seconds: dict[str, float] = {}
-    result = TrialResult(trial, candidate, "failed", seconds=seconds, seed=seed)
+    result = TrialResult(
+        trial, candidate, "failed", seconds=seconds, seed=seed, origin=against.origin
+    )
 
     def timed(stage: str, start: float) -> float:
         now = time.perf_counter()
@@ -282,24 +337,33 @@ def run_trial(
         clock = time.perf_counter()
         artifact = context.compress(candidate)
         predicted = context.cost.predict(artifact.candidate)
-        result = replace(result, candidate=artifact.candidate, predicted=predicted)
+        result = replace(
+            result, candidate=artifact.candidate, predicted=predicted, sha256=artifact.sha256
+        )
         if save is not None:
             artifact.save(save)
         clock = timed("compress", clock)
         if max(context.limits.excess(predicted, None).values(), default=0.0) > 0:
-            return replace(result, status="infeasible", sha256=artifact.sha256)
+            return replace(result, status="infeasible")
         session = RUNTIMES[context.hardware.runtime]().open(artifact.model)
         clock = timed("open", clock)
-        score = context.evaluator.score(session)
-        timed("evaluate", clock)
-        excess = context.limits.excess(predicted, score.drop)
-        return replace(
-            result,
-            status="infeasible" if max(excess.values(), default=0.0) > 0 else "complete",
-            score=score,
-            measured={"size_bytes": artifact.size_bytes},
-            sha256=artifact.sha256,
-        )
+        found = context.evaluator.assess(session, against.evidence)
+        clock = timed("evaluate", clock)
+        score, measured = found.score, {"size_bytes": artifact.size_bytes}
+        result = replace(result, score=score, measured=measured, evidence=found.evidence)
+        if found.stopped:
+            return replace(result, status="stopped", why=f"dominated by trial {against.trial}")
+        replaced = [pick for pick in against.picks if score.value >= pick[1]]
+        if against.origin == "solver" or replaced:
+            result = replace(result, second=context.second(session))
+            timed("second", clock)
+        if max(context.limits.excess(predicted, score.drop).values(), default=0.0) > 0:
+            return replace(result, status="infeasible")
+        for pick, _, second in replaced:
+            if result.second is not None and result.second > second:
+                why = f"trial {pick} is closer to float on a second set of inputs"
+                return replace(result, status="stopped", why=why)
+        return replace(result, status="complete")
     except AutoquantError as error:
         return replace(result, status="failed", error=str(error))
     except Exception as error:
