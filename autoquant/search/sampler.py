@@ -50,6 +50,7 @@ STARTUP = 10  # random trials of a study without a prior
 _ORDINAL = 24  # values up to which a number is a list of choices
 _KNOTS = 9  # of a continuous parameter's own process
 _LENGTH = 2.0  # of the correction's correlation, in choices
+_RADIUS = 0.6  # of a smooth correlation, in ranges of a parameter
 _POWER = 0.5  # of the loss whose gain is expected: between log (0) and plain (1)
 _FINALISTS = 16  # whose known objectives are computed exactly
 _SCALES = (0.15, 0.3, 0.6, 1.2)  # standard deviations of a correction
@@ -272,8 +273,8 @@ class _Process:
             seen = (loss > offset) & (total > 0)
             if seen.any():
                 self.scale = float(np.median(loss[seen] / total[seen]))
-        near = cdist(space.coordinates(rows), space.coordinates(rows), "cityblock")
-        joint = np.exp(-near)
+        self.coordinates = space.coordinates(rows)
+        joint = self._joint(self.coordinates)
         rest = targets[:, 1:]
         self.fits = np.zeros((0, 0))
         if rest.shape[1]:
@@ -313,6 +314,14 @@ class _Process:
                 found = found / count
             columns.append(found)
         return np.concatenate(columns, axis=1) if columns else np.zeros((len(rows), 0))
+
+    def _joint(self, coordinates: Array) -> Array:
+        """Correlation with the trials of what parameters do together: exponential around a
+        prior, smooth (Matérn 5/2) without one."""
+        if self.has_prior:
+            return np.asarray(np.exp(-cdist(coordinates, self.coordinates, "cityblock")))
+        far = math.sqrt(5) / _RADIUS * cdist(coordinates, self.coordinates)
+        return np.asarray((1 + far + far * far / 3) * np.exp(-far))
 
     def _shares(self, rows: Array) -> Array:
         found = self.scale * self.space.sums(self.table, rows)
@@ -415,9 +424,12 @@ class _Process:
     def predict(self, rows: Array) -> tuple[Array, Array]:
         """Mean and standard deviation (candidates, outputs), of what is without noise."""
         a, b, _ = self.hyper
-        features = self._features(rows)
-        gaps = cdist(self.space.coordinates(rows), self.space.coordinates(self.rows), "cityblock")
-        cross = a * a * (features @ self.features.T) + b * b * np.exp(-gaps) + 1.0
+        features, space = self._features(rows), self.space
+        cross = (
+            a * a * (features @ self.features.T)
+            + b * b * self._joint(space.coordinates(rows))
+            + 1.0
+        )
         half = solve_triangular(self.lower, cross.T, lower=True, check_finite=False)
         own = a * a * (features**2).sum(1) + b * b + 1.0
         deviation = np.sqrt(np.maximum(own - (half**2).sum(0), 1e-8))
@@ -876,6 +888,7 @@ class SurrogateSampler(BaseSampler):
             self._loss(observed.values, signs, space)[observed.feasible],
             observed.values[np.ix_(observed.feasible, others)],
             bool(space.known),
+            bool(self.costs),
             self.seed % 2**32,
         )
         costs = means[:, 1 : 1 + len(others)].copy()
@@ -984,11 +997,12 @@ class _Gain:
 
     At each point the front has a least loss; a candidate gains there what it is expected to
     be below it, times the probability that its costs are. Exact for one known cost but for
-    the sampling; of a log loss, the gain is in its ``_POWER``.
+    the sampling. ``logarithm``: the loss is one, and the gain is in its ``_POWER``; ``ratios``:
+    costs count by their logarithm.
     """
 
-    def __init__(self, loss: Array, costs: Array, logarithm: bool, seed: int) -> None:
-        self.logarithm = logarithm
+    def __init__(self, loss: Array, costs: Array, logarithm: bool, ratios: bool, seed: int) -> None:
+        self.logarithm, self.ratios = logarithm, ratios
         count = costs.shape[1]
         self.shift = np.zeros(count)
         if not len(loss):
@@ -998,7 +1012,7 @@ class _Gain:
         front, where = loss[near], costs[near]
         low, high = costs.min(axis=0), where.max(axis=0)
         self.shift = np.where(low > 0, 0.0, 1e-9 + np.abs(low) + 0.05 * (high - low))
-        low, high = np.log(low + self.shift), np.log(high + self.shift)
+        low, high = self._scale(low), self._scale(high)
         low, high = low - 0.05 * (high - low), high + 0.05 * (high - low) + 1e-9
         if count == 1:
             unit = (np.arange(LEVELS)[:, None] + 0.5) / LEVELS
@@ -1008,15 +1022,17 @@ class _Gain:
             unit = np.zeros((1, 0))
         self.levels = low + unit * (high - low)
         self.top = float(front.max() + 0.1 * np.ptp(front) + 1e-9)
-        logs = np.log(where + self.shift)
-        inside = (logs[None] <= self.levels[:, None]).all(axis=2)
+        inside = (self._scale(where)[None] <= self.levels[:, None]).all(axis=2)
         self.least = np.where(inside, front[None], self.top).min(axis=1)
+
+    def _scale(self, costs: Array) -> Array:
+        return np.asarray(np.log(np.maximum(costs + self.shift, 1e-300)) if self.ratios else costs)
 
     def __call__(self, mean: Array, deviation: Array, costs: Array, spreads: Array) -> Array:
         if not np.isfinite(self.least).all():  # nothing feasible yet: any candidate will do
             return np.ones(len(mean))
-        value = np.log(np.maximum(costs + self.shift, 1e-300))
-        width = spreads / np.maximum(costs + self.shift, 1e-300)
+        value = self._scale(costs)
+        width = spreads / np.maximum(costs + self.shift, 1e-300) if self.ratios else spreads
         gap = self.levels[None] - value[:, None]
         known = width[:, None] <= 1e-12
         inside = np.where(known, gap >= 0, ndtr(gap / np.where(known, 1.0, width[:, None])))
