@@ -100,9 +100,7 @@ def sampler(name: str, problem: Problem, seed: int):
     import optuna
 
     if name.startswith("tpe"):
-        return optuna.samplers.TPESampler(
-            seed=seed, multivariate=True, warn_independent_sampling=False
-        )
+        return optuna.samplers.TPESampler(seed=seed, multivariate=True)
     if name.startswith("nsga2"):
         return optuna.samplers.NSGAIISampler(seed=seed)
     if not name.startswith("default"):

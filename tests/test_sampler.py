@@ -184,6 +184,23 @@ def test_objectives_that_nobody_knows_are_learned() -> None:
     assert found[0] > found[1]
 
 
+def test_a_loss_of_zero_and_one_that_broke_do_not_mislead() -> None:
+    problem = Problem(error=0.5)
+    study = problem.study(problem.sampler(initial=0))
+    found = problem.run(study, 20)
+    for value, bits in ((0.0, 4), (1e6, 0)):
+        params = dict.fromkeys(problem.names, bits)
+        study.add_trial(
+            optuna.trial.create_trial(
+                params=params,
+                distributions=problem.space,
+                values=[value, 32.0 if value == 0.0 else problem.cost(params)],
+            )
+        )
+    more = problem.run(study, 25)
+    assert volume([*found, *more]) > volume(found) + 0.1
+
+
 # --- constraints ------------------------------------------------------------------------------
 
 

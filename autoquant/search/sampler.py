@@ -51,6 +51,7 @@ _ORDINAL = 24  # values up to which a number is a list of choices
 _KNOTS = 9  # of a continuous parameter's own process
 _LENGTH = 2.0  # of the correction's correlation, in choices
 _RADIUS = 0.6  # of a smooth correlation, in ranges of a parameter
+_FAR = 1.5  # of a log loss from what was predicted, at most
 _POWER = 0.5  # of the loss whose gain is expected: between log (0) and plain (1)
 _FINALISTS = 16  # whose known objectives are computed exactly
 _SCALES = (0.15, 0.3, 0.6, 1.2)  # standard deviations of a correction
@@ -287,7 +288,10 @@ class _Process:
             mean, lean = self._mean(rows)
             first = targets[:, 0] - mean + lean
             self.center = float(np.median(first - lean))
-            if not self.has_prior:
+            if self.has_prior:  # outputs that broke are no more than far off
+                gap = np.clip(first - lean - self.center, -_FAR, _FAR)
+                first = lean + self.center + gap
+            else:
                 self.center = float(first.mean())
             self.unit = 1.0 if self.has_prior else max(float(first.std()), 1e-9)
             residual = np.column_stack([(first - self.center) / self.unit, rest / self.spreads])
@@ -744,6 +748,10 @@ class SurrogateSampler(BaseSampler):
         hyper: tuple[float, float, float] | None = None,
     ) -> _Process:
         """Condition on an active set; hyperparameters are chosen as trials grow by a fifth."""
+        if space.known and self.noise <= 0:  # a loss of zero, as float's, has no logarithm
+            gap = observed.values[:, self.learned] - signs[self.learned] * self.ideal
+            if (gap > 1e-9).sum() >= 4:
+                observed = observed.take(np.flatnonzero(gap > 1e-9))
         count = len(observed.rows)
         offset = max(self.noise, 1e-9) if space.known and self.noise > 0 else 0.0
         loss = self._loss(observed.values, signs, space)

@@ -598,7 +598,7 @@ def _named_sampler(name: str, seed: int) -> BaseSampler:
         raise RunError(f"--sampler {name!r}: {nearest(name, list(dict.fromkeys(names)))}")
     options: dict[str, Any] = {"seed": seed}
     if asked == "tpesampler":
-        options.update(multivariate=True, warn_independent_sampling=False)
+        options["multivariate"] = True
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
