@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,9 @@ class _Report(Callback):
     def finish(self, front: Front) -> None:
         assert front.folder is not None
         trials = [r.to_dict() for r in read_trials(front.folder / "trials.jsonl")]
-        self.html = report.front_html(front.to_dict(), trials, self.layers)
+        path = front.folder / "learned.json"
+        learned = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        self.html = report.front_html(front.to_dict(), trials, self.layers, learned)
         write_text(front.folder / "front.html", self.html)
 
 

@@ -95,7 +95,29 @@ def search(
         str | None, typer.Option(metavar="URL", help="Optuna storage; default a journal file")
     ] = None,
     sampler: Annotated[
-        str | None, typer.Option(metavar="NAME", help="tpe (default), nsga2 or random")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="surrogate (default), tpe, nsga2, random, or another of Optuna's",
+        ),
+    ] = None,
+    signal: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="what the sampler follows: divergence from the float outputs (default) or metric",
+        ),
+    ] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="end after N trials without a change of the front"),
+    ] = None,
+    fix: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN=W/A",
+            help="keep layers at one choice, as 'head*=8/8' or 'stem=float'; repeatable",
+        ),
     ] = None,
     seed: Annotated[int | None, typer.Option(metavar="N", help="default 0")] = None,
     name: Annotated[str | None, typer.Option(metavar="NAME", help="of the run")] = None,
@@ -134,6 +156,9 @@ def search(
         "ray_address": ray_address,
         "storage": storage,
         "sampler": sampler,
+        "signal": signal,
+        "patience": patience,
+        "fix": fix or None,
         "seed": seed,
         "name": name,
         "runs_dir": runs_dir,

@@ -7,6 +7,7 @@ needs the objects that made it.
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,6 +37,7 @@ _MISSING = "–"
 # Okabe and Ito's vermillion and a mid blue: apart for every colour vision, on white and on black.
 _FRONT, _BASELINE, _TRIAL = "#d55e00", "#3b8fd1", "#8a8f98"
 _TABLE_WIDTH = 100  # columns of a terminal that the front must fit
+_LEARNED_LAYERS = 30  # rows of the table of what the search learned
 _NAMED_LAYERS = 200  # above it, the plot of bits has neither names nor figures
 # Viridis for integers, greys for float.
 _BIT_COLOURS = dict(
@@ -189,11 +191,17 @@ _HOW_TO_READ = (
 # -- HTML ----------------------------------------------------------------------------------
 
 
-def front_html(front: Record, trials: Sequence[Record], layers: Sequence[Record]) -> str:
+def front_html(
+    front: Record,
+    trials: Sequence[Record],
+    layers: Sequence[Record],
+    learned: Record | None = None,
+) -> str:
     """One HTML page of a run that needs no network: plots, bits of every layer, export commands.
 
     ``front`` is the content of ``front.json``, ``trials`` the lines of ``trials.jsonl``,
-    ``layers`` mappings with ``name``, in the order of depth. About 5 MB: plotly.js is inside.
+    ``layers`` mappings with ``name``, in the order of depth, ``learned`` the content of
+    ``learned.json``. About 5 MB: plotly.js is inside.
     """
     from plotly.offline import get_plotlyjs
 
@@ -217,6 +225,7 @@ def front_html(front: Record, trials: Sequence[Record], layers: Sequence[Record]
         how_to_read=_HOW_TO_READ_PLOTS,
         bits=_bits_html(front, names),
         members=_members_html(front, names),
+        learned=_learned_html(learned),
         script=_SCRIPT.replace("PLOTS", data),
     )
 
@@ -538,6 +547,9 @@ def _facts_html(front: Record) -> str:
         "front": f"{len(front['members'])} members",
         "hypervolume": f"{front['hypervolume']:.4g}" + (f" against {point}" if point else ""),
     }
+    curse = _curse(front)
+    if curse is not None:
+        facts["validation against test"] = curse
     return "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>"
         for name, value in facts.items()
@@ -579,6 +591,32 @@ def _members_html(front: Record, names: Sequence[str]) -> str:
     head += "".join(f'<th class="text">{escape(heading)}</th>' for heading in words)
     body = "\n".join(rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
+
+
+def _learned_html(learned: Record | None) -> str:
+    """Which layers matter to the surrogate, most first; nothing where it learned nothing."""
+    if not learned or not learned.get("layers"):
+        return ""
+    rows = []
+    for name, layer in list(learned["layers"].items())[:_LEARNED_LAYERS]:
+        spread = math.exp(layer["factor_error"])
+        cells = [
+            f"{100 * layer['importance']:.1f}",
+            f"{100 * layer['prior']:.1f}",
+            f"{layer['factor']:.2f} (×÷ {spread:.2f})",
+        ]
+        figures = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+        rows.append(f'<tr><td class="text">{escape(str(name))}</td>{figures}</tr>')
+    body = "\n".join(rows)
+    return (
+        "<h2>What the search learned</h2>\n"
+        '<p class="note">Share of the divergence that each layer causes, learned from '
+        f"{learned['trials']} trials and before them, and the factor between the two with its "
+        "uncertainty.</p>\n"
+        '<div class="wide"><table><thead><tr><th class="text">layer</th><th>learned (%)</th>'
+        "<th>prior (%)</th><th>factor</th></tr></thead>"
+        f"<tbody>\n{body}\n</tbody></table></div>"
+    )
 
 
 # -- what the three share ------------------------------------------------------------------
@@ -651,6 +689,21 @@ def _summary(front: Record) -> str:
         f"{count} member{'' if count == 1 else 's'} of {front['trials']} trials in "
         f"{_duration(front['seconds'])}, hypervolume {front['hypervolume']:.4g}"
     )
+
+
+def _curse(front: Record) -> str | None:
+    """How much better members look on validation, where they were chosen, than on test."""
+    _, percent = _metric(front)
+    pairs = [
+        (m["searched"]["drop"], m["verified"]["drop"])
+        for m in front["members"]
+        if m.get("verified") and m["verified"].get("split") != m["searched"].get("split")
+    ]
+    if not pairs:
+        return None
+    searched, verified = (_figure(sum(p) / len(p), percent, True) for p in zip(*pairs, strict=True))
+    unit = " points" if percent else ""
+    return f"mean drop of {len(pairs)} members {searched}, on test {verified}{unit}"
 
 
 def _headline(front: Record) -> str:
@@ -893,6 +946,7 @@ latency, the spread of its rounds; of a predicted one, the range of the device's
 <div class="wide">
 {members}
 </div>
+{learned}
 </main>
 <script>{script}</script>
 </body>

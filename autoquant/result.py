@@ -19,7 +19,8 @@ class Score:
     ``value`` is in the metric's own units, higher is better. ``drop`` is float minus this on
     the same samples, ``drop_standard_error`` its *paired* standard error: per-sample
     differences for a per-sample metric, a paired bootstrap for a callable one. An error that
-    cannot be told is NaN, and null in JSON.
+    cannot be told is NaN, and null in JSON. ``divergence`` is that of the outputs from the
+    float network's on the same samples (`autoquant.evaluate.divergence`), without labels.
     """
 
     metric: str
@@ -29,6 +30,7 @@ class Score:
     drop_standard_error: float
     samples: int
     split: str
+    divergence: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The form of ``searched`` and ``verified`` in front.json (``value`` is ``accuracy``)."""
@@ -40,15 +42,18 @@ class Score:
             "samples": self.samples,
             "split": self.split,
             "metric": self.metric,
+            "divergence": self.divergence,
         }
 
     @classmethod
     def from_dict(cls, d: Mapping[str, Any]) -> Score:
         """Read ``to_dict``'s form."""
-        rest = {f.name: d[f.name] for f in fields(cls) if f.name not in ("value", "metric")}
+        optional = ("value", "metric", "divergence")
+        rest = {f.name: d[f.name] for f in fields(cls) if f.name not in optional}
         for name in ("standard_error", "drop_standard_error"):
             rest[name] = math.nan if rest[name] is None else rest[name]
-        return cls(metric=d.get("metric", "top1"), value=d["accuracy"], **rest)
+        metric, divergence = d.get("metric", "top1"), d.get("divergence")
+        return cls(metric=metric, value=d["accuracy"], divergence=divergence, **rest)
 
 
 def _known(value: float) -> float | None:
@@ -112,9 +117,11 @@ class Latency:
 class TrialResult:
     """One finished trial: a line of ``trials.jsonl``.
 
-    ``status``: complete; stopped (early); infeasible (a limit is broken); failed (``error``
-    says why). ``seconds`` maps the stages of the trial to wall time. ``sha256`` is that of
-    the artifact that was scored.
+    ``status``: complete; stopped (``why`` says by whom); infeasible (a limit is broken); failed
+    (``error`` says why). ``seconds`` maps the stages of the trial to wall time. ``sha256`` is
+    that of the artifact that was scored. ``origin`` proposed it: uniform, solver, sampler,
+    neighbour or polish. ``second`` is the divergence on a second set of inputs, where it was
+    asked for. ``evidence``: what later trials are compared with (`autoquant.evaluate`).
     """
 
     trial: int
@@ -127,6 +134,10 @@ class TrialResult:
     seed: int = 0
     error: str | None = None
     sha256: str | None = None
+    origin: str | None = None
+    why: str | None = None
+    second: float | None = None
+    evidence: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The line's JSON form."""
@@ -143,6 +154,10 @@ class TrialResult:
             "seed": self.seed,
             "error": self.error,
             "sha256": self.sha256,
+            "origin": self.origin,
+            "why": self.why,
+            "second": self.second,
+            "evidence": self.evidence,
         }
 
     @classmethod
@@ -159,4 +174,8 @@ class TrialResult:
             seed=d.get("seed", 0),
             error=d.get("error"),
             sha256=d.get("sha256"),
+            origin=d.get("origin"),
+            why=d.get("why"),
+            second=d.get("second"),
+            evidence=d.get("evidence"),
         )

@@ -9,7 +9,7 @@ import pytest
 from conftest import NETWORKS
 
 from autoquant.errors import ModelError, TaskError
-from autoquant.evaluate import BOOTSTRAP, Evaluator
+from autoquant.evaluate import BOOTSTRAP, Evaluator, divergence
 from autoquant.runtime import OnnxRuntime
 from autoquant.task import Array, Split
 
@@ -262,6 +262,145 @@ def test_a_metric_that_fails_on_an_artifact_alone() -> None:
     evaluator.set_reference(Model())
     with pytest.raises(TaskError, match="metric on validation is nan"):
         evaluator.score(Model(lambda x: -x))
+
+
+# --- divergence ------------------------------------------------------------------------------
+
+
+def test_the_divergence_is_the_mean_kl_of_the_softmax() -> None:
+    p, q = np.log([[0.5, 0.5], [0.9, 0.1]]), np.log([[0.25, 0.75], [0.9, 0.1]])
+    expected = 0.5 * np.log(0.5 / 0.25) + 0.5 * np.log(0.5 / 0.75)
+    assert divergence(p + 3.0, q - 1.0, classes=True) == pytest.approx(expected / 2)
+    assert divergence(p, p, classes=True) == 0.0
+    assert divergence(p, q * np.nan, classes=True) == 1e6
+
+
+def test_the_divergence_of_other_outputs_is_relative_to_their_variance() -> None:
+    reference = np.array([[0.0], [2.0], [4.0]])
+    assert divergence(reference, reference + 1, False) == pytest.approx(1 / reference.var())
+    assert divergence(reference, reference + 1, False, variance=2.0) == pytest.approx(0.5)
+
+
+def test_a_large_split_is_taken_in_parts() -> None:
+    p, q = _logits(9000), _logits(9000, seed=1)
+    halves = [divergence(p[i : i + 4500], q[i : i + 4500], True) for i in (0, 4500)]
+    assert divergence(p, q, True) == pytest.approx(np.mean(halves))
+
+
+@pytest.mark.parametrize("metric", ["top1", mean_of_outputs])
+def test_a_score_carries_its_divergence(metric: Any) -> None:
+    logits = _logits()
+    evaluator = _evaluator(logits, logits.argmax(1), metric)
+    evaluator.set_reference(Model())
+    assert evaluator.score(Model()).divergence == 0.0
+    scores = [evaluator.score(Model(lambda x, k=k: k * x)).divergence for k in (0.9, 0.5)]
+    assert 0 < float(scores[0] or 0) < float(scores[1] or 0)
+
+
+# --- stages ----------------------------------------------------------------------------------
+
+
+def _staged(metric: Any = "top1", count: int = 1600) -> Evaluator:
+    """Batches of 50: a quarter has 400 samples, half 800."""
+    logits = _logits(count)
+    targets = logits.argmax(1) if metric == "top1" else logits.mean(axis=1)
+    evaluator = Evaluator(_split(logits, targets, 50), metric, "metric", rows=50)
+    evaluator.set_reference(Model())
+    return evaluator
+
+
+def _noisy(scale: float, seed: int = 1) -> Callable[[Array], Array]:
+    """Noise that a sample always gets, whichever batch it is in."""
+
+    def function(x: Array) -> Array:
+        own = np.random.default_rng(seed).normal(size=(64, x.shape[1]))
+        index = (np.abs(x[:, 0]) * 1e6).astype(int) % 64
+        return (x + scale * own[index]).astype(np.float32)
+
+    return function
+
+
+def closeness(outputs: Array, targets: Array) -> float:
+    return -float(((outputs.mean(axis=1) - targets) ** 2).mean())
+
+
+@pytest.mark.parametrize(("metric", "samples"), [("top1", 400), (closeness, 400)])
+def test_what_is_surely_worse_stops_after_a_quarter(metric: Any, samples: int) -> None:
+    evaluator = _staged(metric)
+    good = evaluator.assess(Model(_noisy(0.05)))
+    assert not good.stopped and good.evidence and good.score.samples == 1600
+    model = Model(_noisy(2.0))
+    bad = evaluator.assess(model, good.evidence)
+    assert bad.stopped and bad.evidence is None
+    assert bad.score.samples == sum(model.batches) == samples
+    assert bad.score.value < good.score.value and bad.score.drop > 0
+    again = evaluator.assess(Model(_noisy(2.0)), good.evidence)
+    assert again == bad
+
+
+@pytest.mark.parametrize("metric", ["top1", closeness])
+def test_a_rival_does_not_change_the_score_of_what_it_does_not_stop(metric: Any) -> None:
+    evaluator = _staged(metric)
+    good = evaluator.assess(Model(_noisy(0.3)))
+    for scale in (0.05, 0.3):
+        model = Model(_noisy(scale))
+        found = evaluator.assess(model, good.evidence)
+        assert not found.stopped and sum(model.batches) == 1600  # no batch twice
+        assert found.score == evaluator.score(Model(_noisy(scale)))
+
+
+def test_a_little_worse_may_take_another_stage() -> None:
+    evaluator = _staged()
+    good = evaluator.assess(Model())
+    stops = [evaluator.assess(Model(_noisy(s)), good.evidence) for s in (0.01, 0.02, 0.04, 0.3)]
+    assert not stops[0].stopped and stops[-1].stopped
+    assert {s.score.samples for s in stops} <= {400, 800, 1600}
+    order = [s.score.samples for s in stops]
+    assert order == sorted(order, reverse=True)
+
+
+def test_a_false_stop_is_as_rare_as_it_says() -> None:
+    """Rivals of the same accuracy: at most one in a hundred is stopped."""
+    generator = np.random.default_rng(0)
+    evaluator = _staged()
+    labels = evaluator.split.targets
+    assert labels is not None
+    stopped = 0
+    for _ in range(300):
+        pair = []
+        for _ in range(2):
+            wrong = generator.random(1600) < 0.1
+            flipped = np.where(wrong, (labels + 1) % 4, labels)
+            pair.append(np.eye(4, dtype=np.float32)[flipped])
+        first, second = (Model(_rows_of(evaluator, outputs)) for outputs in pair)
+        stopped += evaluator.assess(first, evaluator.assess(second).evidence).stopped
+    assert stopped <= 6  # a mean of 3 at most
+
+
+def _rows_of(evaluator: Evaluator, outputs: Array) -> Callable[[Array], Array]:
+    """A model that answers with given rows, known by where its input stands in the split."""
+    at = {batch[0].tobytes(): i for i, batch in enumerate(evaluator.batches)}
+    return lambda x: outputs[at[x.tobytes()] * 50 : at[x.tobytes()] * 50 + len(x)]
+
+
+def test_a_small_split_has_no_stages() -> None:
+    logits = _logits(150)
+    evaluator = _evaluator(logits, logits.argmax(1), rows=50)
+    evaluator.set_reference(Model())
+    assert evaluator.stages() == [] and evaluator.assess(Model()).evidence is None
+
+
+def test_a_metric_that_a_part_cannot_have_is_left_for_the_whole() -> None:
+    def whole(outputs: Array, targets: Array) -> float:
+        if len(outputs) < 1600:
+            raise ValueError("a part")
+        return closeness(outputs, targets)
+
+    evaluator = _staged(whole)
+    assert evaluator.assess(Model()).evidence is None
+    rival = _staged(closeness).assess(Model()).evidence
+    found = evaluator.assess(Model(_noisy(2.0)), rival)
+    assert not found.stopped and found.score.samples == 1600
 
 
 # --- batches ---------------------------------------------------------------------------------

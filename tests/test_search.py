@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -387,6 +388,128 @@ def test_no_feasible_trial_is_an_error_of_its_own(tmp_path: Path) -> None:
     assert [t["status"] for t in lines(tmp_path)] == ["infeasible"] * 6
     assert document(tmp_path)["members"] == [] and document(tmp_path)["hypervolume"] == 0
     assert Front.read(run(tmp_path)).members == ()
+
+
+def test_limits_may_change_with_resume(tmp_path: Path) -> None:
+    first = search(task(tmp_path), settings(tmp_path, trials=12))
+    sizes = sorted(m.predicted.size_bytes for m in first.members)
+    tight = settings(tmp_path, trials=12, resume=True, max_size_bytes=sizes[0])
+    second = search(task(tmp_path), tight)
+    assert [m.predicted.size_bytes for m in second.members] == sizes[:1]
+    assert len(lines(tmp_path)) == 12
+    study = yaml.safe_load((run(tmp_path) / "study.yaml").read_text())
+    assert study["max_size_bytes"] == sizes[0]
+    third = search(task(tmp_path), settings(tmp_path, trials=12, resume=True))
+    assert [m.key for m in third.members] == [m.key for m in first.members]
+
+
+# --- the sampler's side -----------------------------------------------------------------------
+
+
+def test_a_run_says_what_the_search_learned(finished: tuple[Path, Front]) -> None:
+    folder, _ = finished
+    learned = json.loads((run(folder) / "learned.json").read_text())
+    assert learned["signal"] == "divergence" and set(learned["layers"]) == set(LAYERS)
+    for layer in learned["layers"].values():
+        assert set(layer) == {"importance", "prior", "factor", "factor_error"}
+    assert sum(x["prior"] for x in learned["layers"].values()) == pytest.approx(1)
+    assert {t["origin"] for t in lines(folder)} >= {"uniform", "solver", "sampler"}
+    assert all(t["score"]["divergence"] >= 0 for t in lines(folder) if t["score"])
+    priors = json.loads((run(folder) / "priors.json").read_text())
+    assert all(set(table) == set(LAYERS) for table in priors.values())
+
+
+def test_resume_reads_the_prior_instead_of_measuring_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search(task(tmp_path), settings(tmp_path, trials=8))
+    module = sys.modules["autoquant.search"]
+    monkeypatch.setattr(module, "sensitivity", lambda *_: pytest.fail("measured again"))
+    assert search(task(tmp_path), settings(tmp_path, trials=10, resume=True)).trials == 10
+
+
+def test_layers_are_fixed_by_a_pattern(tmp_path: Path) -> None:
+    fixed = {"fix": ["he*=8/8", "first=float"], "trials": 20}
+    search(task(tmp_path), settings(tmp_path, **fixed))
+    for line in lines(tmp_path):
+        candidate = Candidate.from_dict(line["candidate"])
+        assert str(candidate.choice("head")) == "8/8" and candidate.choice("first").is_float
+    assert len(lines(tmp_path)) == 4 + 0  # what is left to choose: one layer
+    again = search(task(tmp_path), settings(tmp_path, resume=True, **fixed))
+    assert again.trials == 4
+    study = yaml.safe_load((run(tmp_path) / "study.yaml").read_text())
+    assert Space.model_validate(study["space"]).rules[-1].layers == "first"
+
+
+@pytest.mark.parametrize("text", ["head", "=8/8", "head=9/8", "head=8", "head=a/b"])
+def test_what_cannot_be_fixed_is_one_line(tmp_path: Path, text: str) -> None:
+    with pytest.raises(RunError, match="--fix") as caught:
+        search(task(tmp_path), settings(tmp_path, fix=[text]))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pattern_that_fixes_nothing_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(SpaceError, match=r"\(layers: tail\) matches no layer"):
+        search(task(tmp_path), settings(tmp_path, fix=["tail=8/8"]))
+
+
+def test_the_signal_may_be_the_metric(tmp_path: Path) -> None:
+    front = search(task(tmp_path), settings(tmp_path, signal="metric", trials=16))
+    assert front.trials == 16 and front.members
+    with pytest.raises(RunError, match="--signal 'kl'"):
+        settings(tmp_path, signal="kl")
+
+
+def test_patience_ends_a_search(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    class Listener(Callback):
+        def stage(self, text: str) -> None:
+            said.append(text)
+
+    found = settings(tmp_path, trials=60, patience=6, polish=False)
+    front = search(task(tmp_path), found, callbacks=[Listener()])
+    assert front.trials < 60 and "the front has not changed for 6 trials" in said
+    with pytest.raises(RunError, match="--patience"):
+        settings(tmp_path, patience=0)
+
+
+class Closeness:
+    """Label-free, on many samples: what a part of the split tells apart."""
+
+    def __call__(self, outputs: Array, targets: Array) -> float:
+        return -float(((outputs - targets) ** 2).mean())
+
+
+def test_what_is_dominated_stops_early_and_members_have_seen_all(tmp_path: Path) -> None:
+    images = [x for x, _ in batches(2, 960)]
+    validation = [(x, execute(model(), x)[0]) for x in images]
+    judged = task(tmp_path, validation=validation, test=None, metric=Closeness())
+    found = {"objectives": ("accuracy", "weight_bytes"), "polish": False}
+    front = search(judged, settings(tmp_path, trials=40, sampler="random", **found))
+    stopped = [t for t in lines(tmp_path) if t["status"] == "stopped" and "dominated" in t["why"]]
+    assert stopped
+    by_trial = {t["trial"]: t for t in lines(tmp_path)}
+    for trial in stopped:
+        assert trial["score"]["samples"] < 960
+        rival = by_trial[int(trial["why"].rpartition(" ")[2])]
+        assert rival["score"]["accuracy"] > trial["score"]["accuracy"]
+        assert rival["predicted"]["weight_bytes"] <= trial["predicted"]["weight_bytes"]
+    assert all(m.searched.samples == 960 for m in front.members)
+
+
+def test_a_refined_trial_needs_the_second_inputs_to_agree(tmp_path: Path) -> None:
+    found = context(tmp_path)
+    plain = trials.run_trial(found, uniform(4), 0, against=trials.Against("solver"))
+    assert plain.status == "complete" and plain.second is not None and plain.score is not None
+    for second, status in ((0.5 * plain.second, "stopped"), (2 * plain.second, "complete")):
+        pick = (7, plain.score.value, second)
+        result = trials.run_trial(found, uniform(4), 1, against=trials.Against(picks=(pick,)))
+        assert result.status == status and result.second == plain.second
+        assert (result.why or "").startswith("trial 7" if status == "stopped" else "")
+    better = trials.Against(picks=((7, plain.score.value + 0.1, 0.0),))  # it replaces no pick
+    result = trials.run_trial(found, uniform(4), 1, against=better)
+    assert result.status == "complete" and result.second is None
 
 
 # --- trials that fail -------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from autoquant.search.study import (
     read_trials,
     uniform_candidates,
 )
-from autoquant.search.trial import Context, Limits
+from autoquant.search.trial import Against, Context, Limits
 
 OBJECTIVES = ("accuracy", "latency_ms", "size_bytes")
 FREE = {name: (FLOAT, LayerChoice(8, 8), LayerChoice(4, 8)) for name in "abc"}
@@ -60,16 +60,21 @@ class Fake:
     ) -> None:
         self.context, self.slots, self.before = context, slots, before
         self.queue: list[tuple[Candidate, int, int]] = []
+        self.against: dict[int, Against | None] = {}
         self.most = 0
 
-    def submit(self, candidate: Candidate, trial: int, seed: int) -> None:
+    def submit(
+        self, candidate: Candidate, trial: int, seed: int, against: Against | None = None
+    ) -> None:
         self.queue.append((candidate, trial, seed))
+        self.against[trial] = against
         self.most = max(self.most, len(self.queue))
 
     def wait(self) -> TrialResult:
         candidate, trial, seed = self.queue.pop()
         predicted = self.context.cost.predict(candidate)
-        score = Score("top1", predicted.average_weight_bits / 64, 0.01, 0.1, 0.01, 96, "validation")
+        value = predicted.average_weight_bits / 64
+        score = Score("top1", value, 0.01, 0.1, 0.01, 96, "validation", 0.5 - value)
         result = TrialResult(trial, candidate, "complete", score, predicted, seed=seed)
         return self.before(result) or result
 
@@ -93,7 +98,7 @@ def settings(folder: Path, **changes: Any) -> StudySettings:
 
 def open_study(context: Context, folder: Path, resume: bool = False, **changes: Any) -> Study:
     """A study that starts with the uniform candidates, as a search's does."""
-    first = lambda: uniform_candidates(context.choices)  # noqa: E731
+    first = lambda: [("uniform", c) for c in uniform_candidates(context.choices)]  # noqa: E731
     return Study(context, settings(folder, **changes), resume, first)
 
 
@@ -152,6 +157,19 @@ def test_any_sampler_of_optuna_will_do(small: Context, tmp_path: Path) -> None:
     assert study.run(Fake(small), []) == "trials" and study.study.sampler is sampler
 
 
+@pytest.mark.parametrize("sampler", ["NSGAIIISampler", "qmc", "nsgaii"])
+def test_samplers_of_optuna_go_by_their_names(small: Context, tmp_path: Path, sampler: str) -> None:
+    study = open_study(small, tmp_path, sampler=sampler, trials=6)
+    assert study.run(Fake(small), []) == "trials"
+    assert type(study.study.sampler).__name__.lower().startswith(sampler.lower()[:3])
+
+
+def test_a_sampler_that_needs_more_than_a_name_is_an_error(small: Context, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="--sampler 'grid': needs more than a name") as caught:
+        open_study(small, tmp_path, sampler="grid")
+    assert "\n" not in str(caught.value)
+
+
 def test_an_unknown_sampler_is_an_error(small: Context, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="--sampler 'tpa': did you mean 'tpe'"):
         open_study(small, tmp_path, sampler="tpa")
@@ -169,9 +187,9 @@ def test_no_candidate_runs_twice(small: Context, tmp_path: Path, slots: int) -> 
     executor = Fake(small, slots)
     submit = executor.submit
 
-    def spy(candidate: Candidate, trial: int, seed: int) -> None:
-        started.append(candidate.key)
-        submit(candidate, trial, seed)
+    def spy(*given: Any) -> None:
+        started.append(given[0].key)
+        submit(*given)
 
     executor.submit = spy  # type: ignore[method-assign]
     study = open_study(small, tmp_path, trials=50)
@@ -248,9 +266,182 @@ def test_a_broken_limit_is_a_constraint_for_optuna(small: Context, tmp_path: Pat
         assert (value > 0) == (result.status == "infeasible")
         assert value == pytest.approx(result.predicted.size_bytes / largest - 1)
     assert limited.evaluator.reference is not None
-    for result in infeasible:  # not evaluated: float's accuracy is the bound
-        assert told[result.trial].values[0] == limited.evaluator.reference.value
-        assert told[result.trial].user_attrs["accuracy_is_bound"]
+    for result in infeasible:  # not evaluated: no divergence is the bound
+        assert told[result.trial].values[0] == 0.0
+        assert told[result.trial].user_attrs["bound"]
+
+
+# --- signals, rivals, patience ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("signal", ["divergence", "metric"])
+def test_what_optuna_stores_is_recorded(small: Context, tmp_path: Path, signal: str) -> None:
+    study = open_study(small, tmp_path, sampler="surrogate", signal=signal)
+    study.run(Fake(small), [])
+    first = "divergence" if signal == "divergence" else "accuracy"
+    assert study.study.metric_names == [first, "latency_ms", "size_bytes"]
+    assert study.study.user_attrs["targets"]["signal"] == signal
+    for result in study.results:
+        told = study.study.trials[result.trial]
+        assert result.score is not None and result.predicted is not None
+        wanted = result.score.divergence
+        if signal == "metric":  # as float's, less the drop on the same samples
+            assert small.evaluator.reference is not None
+            wanted = small.evaluator.reference.value - result.score.drop
+        assert told.values == [wanted, result.predicted.latency_ms, result.predicted.size_bytes]
+        assert told.user_attrs["accuracy"] == result.score.value
+
+
+def prior(context: Context) -> dict[str, dict[str, tuple[float, ...]]]:
+    table = {n: tuple(2.0**-c.weight_bits for c in f) for n, f in context.choices.items()}
+    return {"made up": table}
+
+
+def test_with_a_prior_the_surrogate_learns_and_says_what(small: Context, tmp_path: Path) -> None:
+    study = Study(small, settings(tmp_path, sampler="surrogate"), False, priors=prior(small))
+    assert study.learned() is None
+    study.run(Fake(small), [])
+    learned = study.learned()
+    assert learned is not None and learned["signal"] == "divergence"
+    assert set(learned["layers"]) == set(small.choices) and learned["trials"] == 12
+    assert len(set(keys(study.results))) == 12
+
+
+def test_a_trial_is_compared_with_the_best_member_that_costs_no_more(
+    small: Context, tmp_path: Path
+) -> None:
+    def keep(result: TrialResult) -> TrialResult:
+        return replace(result, evidence=f"of {result.trial}")
+
+    executor = Fake(small, before=keep)
+    study = open_study(small, tmp_path, trials=20)
+    study.run(executor, [])
+    names = ("latency_ms", "size_bytes")
+    compared = 0
+    for number, against in executor.against.items():
+        assert against is not None
+        if against.origin == "uniform":
+            assert against.trial is None and against.evidence is None
+        if against.trial is None:
+            continue
+        compared += 1
+        by_trial = {r.trial: r for r in study.results}
+        own, rival = by_trial[number].predicted, by_trial[against.trial].predicted
+        assert against.evidence == f"of {against.trial}"
+        assert all(getattr(rival, n) <= getattr(own, n) for n in names)
+    assert compared
+
+
+def test_the_solvers_picks_stand_for_trials_at_their_cost(small: Context, tmp_path: Path) -> None:
+    def second(result: TrialResult) -> TrialResult:
+        assert executor.against[result.trial] is not None
+        origin = "solver" if result.trial < 4 else "sampler"
+        return replace(result, origin=origin, second=0.1)
+
+    executor = Fake(small, before=second)
+    first = lambda: [("solver", c) for c in uniform_candidates(small.choices)]  # noqa: E731
+    study = Study(small, settings(tmp_path, trials=30), False, first)
+    study.run(executor, [])
+    by_trial = {r.trial: r for r in study.results}
+    for number, against in executor.against.items():
+        assert against is not None
+        if number < 4:
+            assert against.origin == "solver" and not against.picks
+        for pick, value, divergence in against.picks:
+            own, other = by_trial[number].predicted, by_trial[pick].predicted
+            assert own is not None and other is not None
+            assert pick < 4 and divergence == 0.1
+            assert value == by_trial[pick].score.value  # type: ignore[union-attr]
+            assert own.size_bytes <= other.size_bytes <= 1.05 * own.size_bytes
+
+
+def test_stopped_trials_are_told_and_are_no_members(small: Context, tmp_path: Path) -> None:
+    def stop(result: TrialResult) -> TrialResult | None:
+        if result.trial % 4 or result.score is None:
+            return None
+        return replace(result, status="stopped", score=replace(result.score, samples=24))
+
+    study = open_study(small, tmp_path, sampler="surrogate", trials=16)
+    assert study.run(Fake(small, before=stop), []) == "trials"
+    stopped = [r for r in study.results if r.status == "stopped"]
+    assert len(stopped) == 4
+    for result in stopped:
+        told = study.study.trials[result.trial]
+        assert told.state == optuna.trial.TrialState.COMPLETE and told.user_attrs["samples"] == 24
+    assert not {r.trial for r in stopped} & {r.trial for r in study.leading}
+
+
+def test_a_front_that_does_not_move_ends_the_search(small: Context, tmp_path: Path) -> None:
+    def worse(result: TrialResult) -> TrialResult | None:
+        if result.trial < 4 or result.score is None:
+            return None
+        return replace(result, score=replace(result.score, value=-1.0))
+
+    study = open_study(small, tmp_path, trials=60, patience=7)
+    assert study.run(Fake(small, before=worse), []) == "patience"
+    sizes = {r.predicted.size_bytes for r in study.leading if r.predicted}
+    assert len(study.results) < 30 and sizes
+    last = max(r.trial for r in study.leading)
+    assert len(study.results) == last + 1 + 7
+
+
+# --- limits that change -----------------------------------------------------------------------
+
+
+def within(context: Context) -> Callable[[TrialResult], TrialResult | None]:
+    """Judge as a trial does: what is too large is not evaluated."""
+
+    def judge(result: TrialResult) -> TrialResult | None:
+        assert result.predicted is not None
+        excess = max(context.limits.excess(result.predicted, None).values(), default=0.0)
+        return replace(result, status="infeasible", score=None) if excess > 0 else None
+
+    return judge
+
+
+def test_old_trials_count_under_the_limits_of_now(small: Context, tmp_path: Path) -> None:
+    sizes = sorted(small.cost.predict(uniform(b)).size_bytes for b in (2, 4, 8, 32))
+    tight = replace(small, limits=Limits(size_bytes=sizes[1]))
+    loose = replace(small, limits=Limits(size_bytes=sizes[2]))
+    study = open_study(loose, tmp_path, sampler="surrogate", trials=15)
+    study.run(Fake(loose, before=within(loose)), [])
+    unscored = [r for r in study.results if r.score is None]
+    assert unscored
+
+    study = open_study(tight, tmp_path, resume=True, sampler="surrogate", trials=18)
+    assert len(study.results) == 15
+    for result in study.results:
+        assert result.predicted is not None
+        feasible = result.predicted.size_bytes <= sizes[1]
+        assert result.status == ("complete" if feasible else "infeasible")
+        (excess,) = study.study.trials[result.trial].constraints.values()
+        assert (excess <= 0) == feasible
+        assert {r.trial for r in study.leading} <= {
+            r.trial for r in study.results if r.status == "complete"
+        }
+    assert study.run(Fake(tight, before=within(tight)), []) == "trials"
+
+    again = open_study(small, tmp_path, resume=True, sampler="surrogate", trials=30)
+    assert all(not t.constraints for t in again.study.trials)
+    assert again.run(Fake(small), []) == "trials"
+    repeated = [r for r in again.results if r.candidate == unscored[0].candidate]
+    assert [r.status for r in repeated] == ["infeasible", "complete"]
+    lines = [json.loads(x) for x in (tmp_path / "trials.jsonl").read_text().splitlines()]
+    assert len(lines) == len(again.results) == 30
+
+
+def test_candidates_that_wait_are_not_lost_when_limits_change(
+    small: Context, tmp_path: Path
+) -> None:
+    open_study(small, tmp_path, trials=2).run(Fake(small), [])
+    limited = replace(small, limits=Limits(drop=0.05))
+    study = open_study(limited, tmp_path, resume=True, trials=4)
+    assert study.run(Fake(limited), []) == "trials"
+    assert [r.candidate for r in study.results] == [uniform(b) for b in (32, 8, 4, 2)]
+    origins = [t.user_attrs.get("origin") for t in study.study.trials[2:]]
+    assert origins == ["uniform", "uniform"]
+    for trial in study.study.trials[:2]:
+        assert trial.constraints["drop"] == pytest.approx(0.05)
 
 
 # --- the end of time --------------------------------------------------------------------------

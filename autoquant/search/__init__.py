@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import math
@@ -19,10 +20,10 @@ import yaml
 
 from autoquant import document
 from autoquant.calibration import fixed_batch
-from autoquant.candidate import Candidate
+from autoquant.candidate import ACTIVATION_BITS, WEIGHT_BITS, Candidate
 from autoquant.compress import Artifact
 from autoquant.cost.table import TableModel, to_profile
-from autoquant.errors import HardwareError, NoFeasibleMember, RunError
+from autoquant.errors import HardwareError, NoFeasibleMember, RunError, nearest
 from autoquant.evaluate import Evaluator
 from autoquant.front import (
     Front,
@@ -37,8 +38,14 @@ from autoquant.result import TrialResult
 from autoquant.runtime import RUNTIMES, describe, measure
 from autoquant.search import executor as executors
 from autoquant.search.sensitivity import sensitivity
-from autoquant.search.solver import curve
-from autoquant.search.study import Callback, Study, StudySettings, uniform_candidates
+from autoquant.search.solver import Table, curve
+from autoquant.search.study import (
+    SIGNALS,
+    Callback,
+    Study,
+    StudySettings,
+    uniform_candidates,
+)
 from autoquant.search.trial import (
     Context,
     Limits,
@@ -47,7 +54,7 @@ from autoquant.search.trial import (
     latency_inputs,
     prepare,
 )
-from autoquant.space import Space, load_space
+from autoquant.space import Rule, Space, load_space
 from autoquant.task import Task
 
 if TYPE_CHECKING:
@@ -72,6 +79,12 @@ class SearchSettings:
     evaluates at a time, 0 for one a core (one with Ray); scores do not depend on it.
     ``storage``: an Optuna URL, None for a journal file in the run folder. ``polish``: up to a
     tenth of the trials refit low-bit members of the front, each a trial of its own.
+    ``sampler``: surrogate (`autoquant.search.sampler`), tpe, nsga2, random, another of Optuna's
+    by its class's name, or a sampler. ``signal``: what it follows, the ``divergence`` of the
+    outputs from the float network's, which needs no labels, or the ``metric``; the front is
+    always in the metric. ``patience``: trials without a change of the front that end the
+    search. ``fix``: layers kept at one choice, as ``PATTERN=4/8`` or ``PATTERN=float``.
+    Limits, sampler and patience may change with ``resume``.
     """
 
     space: str | Path | Space = "mixed"
@@ -90,7 +103,10 @@ class SearchSettings:
     evaluation_threads: int = 0
     ray_address: str | None = None
     storage: str | None = None
-    sampler: str | BaseSampler = "tpe"
+    sampler: str | BaseSampler = "surrogate"
+    signal: str = "divergence"
+    patience: int | None = None
+    fix: Sequence[str] = ()
     seed: int = 0
     name: str | None = None
     runs_dir: str | Path = "runs"
@@ -110,14 +126,25 @@ class SearchSettings:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise RunError(f"--{name.replace('_', '-')} is {value!r}; it must be above 0")
+        if self.patience is not None and (type(self.patience) is not int or self.patience < 1):
+            raise RunError(f"--patience is {self.patience!r}; it must be a whole number above 0")
+        if self.signal not in SIGNALS:
+            raise RunError(f"--signal {self.signal!r}: {nearest(str(self.signal), SIGNALS)}")
         if self.resume and self.name is None:
             raise RunError("--resume needs --name: which run to continue")
         if self.name is not None and (not self.name or "/" in self.name or self.name[0] == "."):
             raise RunError(f"--name {self.name!r}: give a plain folder name")
 
+    def fixed_space(self) -> Space:
+        """The space, with a last rule for each of ``fix``. Raises SpaceError, RunError."""
+        space = load_space(self.space)
+        rules = tuple(_fixed(text) for text in self.fix)
+        missing = tuple(rule for rule in rules if rule not in space.rules[-len(rules) :])
+        return space.model_copy(update={"rules": (*space.rules, *missing)})
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for YAML; spaces and profiles in full."""
-        space, hardware = load_space(self.space), load_hardware(self.hardware)
+        """Plain values for YAML; spaces (with what is fixed) and profiles in full."""
+        space, hardware = self.fixed_space(), load_hardware(self.hardware)
         return {
             "space": space.model_dump(mode="json", by_alias=True, exclude_defaults=True),
             "hardware": hardware.model_dump(mode="json", exclude_defaults=True),
@@ -136,10 +163,34 @@ class SearchSettings:
             "ray_address": self.ray_address,
             "storage": self.storage,
             "sampler": self.sampler if isinstance(self.sampler, str) else repr(self.sampler),
+            "signal": self.signal,
+            "patience": self.patience,
             "seed": self.seed,
             "polish": self.polish,
             "name": self.name,
         }
+
+
+def _fixed(text: str) -> Rule:
+    """``PATTERN=4/8`` or ``PATTERN=float`` as a rule. Raises RunError."""
+    pattern, _, choice = text.rpartition("=")
+    bits = choice.split("/")
+    try:
+        if not pattern:
+            raise ValueError
+        if choice == "float":
+            return Rule.model_validate({"layers": pattern, "float": True})
+        weight, activation = map(int, bits)
+        return Rule(layers=pattern, weight_bits=(weight,), activation_bits=(activation,))
+    except ValueError:
+        raise RunError(
+            f"--fix {text!r}: give PATTERN=WEIGHT/ACTIVATION bits such as 'head*=8/8' (weights "
+            f"{_listed(WEIGHT_BITS)}; activations {_listed(ACTIVATION_BITS)}), or PATTERN=float"
+        ) from None
+
+
+def _listed(values: Sequence[int]) -> str:
+    return ", ".join(map(str, values))
 
 
 def search(
@@ -168,7 +219,7 @@ def search(
         run.write(describe_environment())  # first: a run that dies while preparing can be resumed
         context = prepare(
             task,
-            space=load_space(settings.space),
+            space=settings.fixed_space(),
             hardware=run.hardware(load_hardware(settings.hardware)),
             limits=Limits(
                 settings.max_size_bytes,
@@ -184,6 +235,7 @@ def search(
             say=say,
         )
         _check_predicted(objectives, settings, context)
+        priors = _priors(context, run.folder, settings.resume, say)
         study = Study(
             context,
             StudySettings(
@@ -195,9 +247,12 @@ def search(
                 sampler=settings.sampler,
                 seed=settings.seed,
                 storage=settings.storage,
+                signal=settings.signal,
+                patience=settings.patience,
             ),
             settings.resume,
-            first=lambda: _first(context, objectives, run.folder, say),
+            first=lambda: _first(context, objectives, priors),
+            priors=priors,
         )
     except BaseException:
         run.discard()
@@ -209,6 +264,9 @@ def search(
     for callback in callbacks:
         callback.start(run.content, layers, tuple(study.results))
     _trials(study, context, settings, objectives, callbacks, say)
+    learned = study.learned()
+    if learned is not None:
+        write_json(run.folder / "learned.json", learned)
     front = _front(task, settings, context, study.results, objectives, run, say)
     front = replace(front, seconds=run.seconds + time.perf_counter() - started)
     write_json(run.folder / "front.json", front.to_dict())
@@ -230,25 +288,68 @@ def _check_predicted(objectives: Sequence[str], settings: SearchSettings, contex
             )
 
 
-def _first(
-    context: Context, objectives: Sequence[str], folder: Path, say: Callable[[str], None]
-) -> list[Candidate]:
-    """Uniform candidates, then the best under the additive prior at a spread of budgets."""
+def _priors(
+    context: Context, folder: Path, resume: bool, say: Callable[[str], None]
+) -> dict[str, Table]:
+    """Tables of divergences by name: those of the run that is resumed, or measured now.
+
+    sensitivity.json shows their geometric mean to people.
+    """
+    path = folder / "priors.json"
+    sizes = {n: len(c) for n, c in context.choices.items()}
+    if resume and path.is_file():
+        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
+            read = json.loads(path.read_text(encoding="utf-8"))
+            old: dict[str, Table] = {
+                k: {n: tuple(map(float, v)) for n, v in t.items()} for k, t in read.items()
+            }
+            if old and all({n: len(v) for n, v in t.items()} == sizes for t in old.values()):
+                return old
     start = time.perf_counter()
     say("measuring the sensitivity of every layer")
-    prior = sensitivity(context, os.cpu_count() or 1)
+    found: dict[str, Table] = {"measured": dict(sensitivity(context, os.cpu_count() or 1))}
     took = time.perf_counter() - start
-    say(f"sensitivity of {len(prior)} layers: one measurement a layer, {took:.1f} s")
+    say(f"sensitivity of {len(sizes)} layers: one measurement a layer, {took:.1f} s")
+    write_json(path, found)
+    prior = _mean(found)
     named = {
         n: {str(c): v for c, v in zip(f, prior[n], strict=True)} for n, f in context.choices.items()
     }
     write_json(folder / "sensitivity.json", named)
-    found = uniform_candidates(context.choices)
-    for name, points in (("size_bytes", 14), ("latency_ms", 8), ("energy_mj", 8)):
-        if name in objectives or (name == "size_bytes" and len(objectives) == 2):
-            costs = context.additive_cost(name)
-            found += curve(context.choices, prior, costs, points)
-    return list(dict.fromkeys(found))
+    return found
+
+
+def _mean(priors: Mapping[str, Table]) -> Table:
+    """The geometric mean of tables, zero where one is."""
+    tables = list(priors.values())
+    found: dict[str, Sequence[float]] = {}
+    for name in tables[0]:
+        values = np.array([t[name] for t in tables], dtype=np.float64)
+        mean = np.exp(np.log(np.maximum(values, 1e-300)).mean(axis=0))
+        found[name] = tuple(np.where(values.min(axis=0) > 0, mean, 0.0).tolist())
+    return found
+
+
+def _first(
+    context: Context, objectives: Sequence[str], priors: Mapping[str, Table]
+) -> list[tuple[str, Candidate]]:
+    """Uniform candidates, then the best under the priors' mean at a spread of budgets, and
+    where there are several priors, fewer under each."""
+    found = [("uniform", c) for c in uniform_candidates(context.choices)]
+    tables = [(_mean(priors), 14, 8)]
+    if len(priors) > 1:
+        tables = [(_mean(priors), 10, 6), *((t, 5, 3) for t in list(priors.values())[:3])]
+    for table, by_size, by_latency in tables:
+        budgets = {"size_bytes": by_size, "latency_ms": by_latency, "energy_mj": by_latency}
+        for name, points in budgets.items():
+            if name in objectives or (name == "size_bytes" and len(objectives) == 2):
+                costs = context.additive_cost(name)
+                solved = curve(context.choices, table, costs, points)
+                found += [("solver", c) for c in solved]
+    unique: dict[Candidate, str] = {}
+    for origin, candidate in found:
+        unique.setdefault(candidate, origin)
+    return [(origin, candidate) for candidate, origin in unique.items()]
 
 
 def _trials(
@@ -319,6 +420,7 @@ def _run(
     said = {
         "timeout": "time is up",
         "exhausted": "no new candidate is left in this space",
+        "patience": f"the front has not changed for {settings.patience} trials",
         "interrupted": "interrupted; verifying the front so far (again to leave at once)",
     }
     if reason in said:
@@ -529,7 +631,7 @@ def _open_run(task: Task, settings: SearchSettings, source: Mapping[str, Any]) -
     """Make the run folder, or check that the one to resume fits. Raises RunError."""
     base = Path(settings.runs_dir)
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    name = settings.name or f"{task.name}-{load_space(settings.space).name}-{stamp}"
+    name = settings.name or f"{task.name}-{settings.fixed_space().name}-{stamp}"
     folder = base / name
     content = {**source, **settings.to_dict(), "name": name}
     if settings.resume:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from autoquant.candidate import Candidate
 from autoquant.errors import RunError
 from autoquant.result import TrialResult
-from autoquant.search.trial import Context, run_trial
+from autoquant.search.trial import Against, Context, run_trial
 
 RETRIES = 2  # of a trial whose worker died
 
@@ -21,7 +21,9 @@ class Executor(Protocol):
 
     slots: int
 
-    def submit(self, candidate: Candidate, trial: int, seed: int) -> None:
+    def submit(
+        self, candidate: Candidate, trial: int, seed: int, against: Against | None = None
+    ) -> None:
         """Start (or queue) one trial."""
         ...
 
@@ -41,15 +43,18 @@ class InProcess:
 
     def __init__(self, context: Context) -> None:
         self.context = context
-        self.queue: deque[tuple[Candidate, int, int]] = deque()
+        self.queue: deque[tuple[Candidate, int, int, Against | None]] = deque()
 
-    def submit(self, candidate: Candidate, trial: int, seed: int) -> None:
+    def submit(
+        self, candidate: Candidate, trial: int, seed: int, against: Against | None = None
+    ) -> None:
         """Queue one trial; it runs in `wait`."""
-        self.queue.append((candidate, trial, seed))
+        self.queue.append((candidate, trial, seed, against))
 
     def wait(self) -> TrialResult:
         """Run the oldest queued trial."""
-        return run_trial(self.context, *self.queue.popleft())
+        candidate, trial, seed, against = self.queue.popleft()
+        return run_trial(self.context, candidate, trial, seed, against=against)
 
     def close(self) -> None:
         """Forget what is queued."""
@@ -61,6 +66,7 @@ class _Running:
     candidate: Candidate
     trial: int
     seed: int
+    against: Against | None
     attempts: int
 
 
@@ -111,12 +117,16 @@ class RayExecutor:
             ray.exceptions.OutOfMemoryError,
         )
 
-    def submit(self, candidate: Candidate, trial: int, seed: int) -> None:
+    def submit(
+        self, candidate: Candidate, trial: int, seed: int, against: Against | None = None
+    ) -> None:
         """Start one trial as a Ray task."""
-        self._start(_Running(candidate, trial, seed, 0))
+        self._start(_Running(candidate, trial, seed, against, 0))
 
     def _start(self, item: _Running) -> None:
-        future = self.remote.remote([self.context], item.candidate, item.trial, item.seed)
+        future = self.remote.remote(
+            [self.context], item.candidate, item.trial, item.seed, item.against
+        )
         self.running[future] = item
 
     def wait(self) -> TrialResult:
@@ -138,7 +148,13 @@ class RayExecutor:
             except Exception as error:
                 message = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             return TrialResult(
-                item.trial, item.candidate, "failed", seconds={}, seed=item.seed, error=message
+                item.trial,
+                item.candidate,
+                "failed",
+                seconds={},
+                seed=item.seed,
+                error=message,
+                origin=None if item.against is None else item.against.origin,
             )
 
     def close(self) -> None:
@@ -155,7 +171,13 @@ class RayExecutor:
 _context: dict[str, Context] = {}
 
 
-def _remote_trial(reference: list[Any], candidate: Candidate, trial: int, seed: int) -> TrialResult:
+def _remote_trial(
+    reference: list[Any],
+    candidate: Candidate,
+    trial: int,
+    seed: int,
+    against: Against | None = None,
+) -> TrialResult:
     """Runs in a worker: unpack the context once a process."""
     import ray
 
@@ -163,7 +185,7 @@ def _remote_trial(reference: list[Any], candidate: Candidate, trial: int, seed: 
     if key not in _context:
         _context.clear()
         _context[key] = ray.get(reference[0])
-    return run_trial(_context[key], candidate, trial, seed)
+    return run_trial(_context[key], candidate, trial, seed, against=against)
 
 
 def _single_worker(context: Context) -> Any:

@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import random
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autoquant.candidate import FLOAT, Candidate, LayerChoice
 from autoquant.errors import CandidateError, RunError, nearest
 from autoquant.front import Front, members_of
-from autoquant.result import TrialResult
+from autoquant.result import Cost, TrialResult
 from autoquant.search.executor import Executor
-from autoquant.search.trial import Context, run_trial
+from autoquant.search.solver import Table
+from autoquant.search.trial import Against, Context, Limits, run_trial
 
 if TYPE_CHECKING:
     import optuna
     from optuna.samplers import BaseSampler
 
-SAMPLERS = ("tpe", "nsga2", "random")
+    from autoquant.search.sampler import SurrogateSampler
+
+SAMPLERS = ("surrogate", "tpe", "nsga2", "random")
+SIGNALS = ("divergence", "metric")
+_NEAR = 1.05  # a pick's cost relative to that of a trial that may replace it, at most
+_ADDITIVE = ("size_bytes", "weight_bytes", "average_weight_bits", "latency_ms", "bops")
 _PATIENCE = 200  # proposals in a row without a new candidate before the space counts as done
 
 
@@ -52,7 +59,12 @@ class Callback:
 
 @dataclass(frozen=True, slots=True)
 class StudySettings:
-    """What the loop needs beside its context."""
+    """What the loop needs beside its context.
+
+    ``signal``: what Optuna stores in the place of the accuracy, and samplers follow: the
+    ``divergence`` of the outputs from the float network's (to be minimized), or the ``metric``.
+    ``patience``: trials without a change of the front after which the search ends.
+    """
 
     name: str
     folder: Path
@@ -62,6 +74,8 @@ class StudySettings:
     sampler: str | BaseSampler
     seed: int
     storage: str | None
+    signal: str = "divergence"
+    patience: int | None = None
 
 
 def uniform_candidates(choices: Mapping[str, Sequence[LayerChoice]]) -> list[Candidate]:
@@ -98,7 +112,8 @@ class Study:
 
     A finished trial is a line of trials.jsonl, synced to disk before Optuna hears of it; the
     file is the record, the storage the sampler's memory. ``first``: candidates that a new
-    study runs before its sampler proposes any.
+    study runs before its sampler proposes any, each with what proposes it. ``priors``: tables
+    of divergences for the default sampler, by name. Old trials count under the limits of now.
     """
 
     def __init__(
@@ -106,7 +121,8 @@ class Study:
         context: Context,
         settings: StudySettings,
         resume: bool,
-        first: Callable[[], Sequence[Candidate]] | None = None,
+        first: Callable[[], Sequence[tuple[str, Candidate]]] | None = None,
+        priors: Mapping[str, Table] | None = None,
     ) -> None:
         import optuna
 
@@ -115,21 +131,19 @@ class Study:
         self.path = settings.folder / "trials.jsonl"
         self.free = {n: c for n, c in context.choices.items() if len(c) > 1}
         self.fixed = {n: c[0] for n, c in context.choices.items() if len(c) == 1}
-        self.results = read_trials(self.path) if resume else []
+        self.priors = {} if priors is None else dict(priors)
+        told = read_trials(self.path) if resume else []
+        self.results = [_judged(r, context.limits) for r in told]
         self.seen = {r.candidate.key: r.trial for r in self.results}
+        self.leading = self._nondominated(self.results)
+        self.still = 0  # trials since the front changed
+        self.costs: dict[str, Cost] = {}
         self.end: float | None = None  # when the time for trials is up; set by the first `run`
         self.random = random.Random(settings.seed + len(self.results))
-        directions = ["maximize" if n == "accuracy" else "minimize" for n in settings.objectives]
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                self.study = optuna.create_study(
-                    storage=_storage(settings),
-                    study_name=settings.name,
-                    directions=directions,  # type: ignore[arg-type]
-                    sampler=_sampler(settings, len(self.results)),
-                    load_if_exists=resume,
-                )
+                self.study = self._open(resume)
         except optuna.exceptions.DuplicatedStudyError:
             raise RunError(
                 f"--storage {settings.storage}: it has a study {settings.name!r} already; "
@@ -138,9 +152,157 @@ class Study:
         except (OSError, optuna.exceptions.StorageInternalError) as error:
             raise RunError(_cannot_write(settings.folder, error)) from None
         self._recover()
+        if resume and self.study.user_attrs.get("targets") != self._targets():
+            self._rebuild()
         if first is not None and not self.study.get_trials(deepcopy=False):
-            for candidate in first():
-                self.study.enqueue_trial(self._params(candidate))
+            for origin, candidate in first():
+                self._enqueue(candidate, origin)
+
+    def _open(self, load: bool) -> optuna.Study:
+        """Create or load the study; what it stores is in its metric names."""
+        import optuna
+
+        settings = self.settings
+        by_metric = settings.signal == "metric"
+        study = optuna.create_study(
+            storage=_storage(settings),
+            study_name=settings.name,
+            directions=[
+                "maximize" if n == "accuracy" and by_metric else "minimize"
+                for n in settings.objectives
+            ],
+            sampler=self._sampler(),
+            load_if_exists=load,
+        )
+        if not study.get_trials(deepcopy=False):
+            names = ["divergence" if n == "accuracy" else n for n in settings.objectives]
+            study.set_metric_names(list(settings.objectives) if by_metric else names)
+            study.set_user_attr("targets", self._targets())
+        return study
+
+    def _targets(self) -> dict[str, Any]:
+        """What the values and constraints that Optuna stores depend on."""
+        return {"limits": asdict(self.context.limits), "signal": self.settings.signal}
+
+    def _rebuild(self) -> None:
+        """Limits or the signal changed: tell Optuna all trials anew; run those that a limit
+        alone kept from being evaluated."""
+        import optuna
+        from optuna.trial import TrialState
+
+        waiting = self.study.get_trials(states=(TrialState.WAITING,))
+        optuna.delete_study(study_name=self.settings.name, storage=self.study._storage)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.study = self._open(False)
+        known = {r.trial: r for r in self.results}
+        for number in range(max(known, default=-1) + 1):
+            self._add(known.get(number))
+        for trial in waiting:
+            params = trial.system_attrs.get("fixed_params", {})
+            self.study.enqueue_trial(params, user_attrs=trial.user_attrs)
+        for result in self.results:
+            if result.status != "infeasible" or result.score or result.predicted is None:
+                continue
+            if max(self.context.limits.excess(result.predicted, None).values(), default=0.0) <= 0:
+                del self.seen[result.candidate.key]
+                self._enqueue(result.candidate, result.origin or "sampler")
+
+    def _enqueue(self, candidate: Candidate, origin: str) -> None:
+        self.study.enqueue_trial(self._params(candidate), user_attrs={"origin": origin})
+
+    def _sampler(self) -> BaseSampler:
+        """A sampler by name, seeded anew at each resume where it keeps its own state, or the
+        one that was given. Raises RunError."""
+        given, seed = self.settings.sampler, self.settings.seed
+        if not isinstance(given, str):
+            return given
+        if given.lower() == "surrogate":
+            return self._surrogate()
+        return _named_sampler(given, seed + len(self.results))
+
+    def _surrogate(self) -> SurrogateSampler:
+        from optuna.distributions import IntDistribution
+
+        from autoquant.search.sampler import SurrogateSampler
+
+        objectives, context = self.settings.objectives, self.context
+        reference = context.evaluator.reference
+        assert reference is not None
+        noise = reference.standard_error
+        noise = noise if math.isfinite(noise) and noise > 0 else 0.01 * abs(reference.value)
+        by_metric = self.settings.signal == "metric"
+        additive = [(i, n) for i, n in enumerate(objectives) if n in _ADDITIVE]
+        if not additive:  # solve for bytes where no objective is a sum over layers
+            additive = [(next(i for i, n in enumerate(objectives) if n != "accuracy"), "")]
+        return SurrogateSampler(
+            space={n: IntDistribution(0, len(c) - 1) for n, c in self.free.items()},
+            priors=[{n: t[n] for n in self.free} for t in self.priors.values()],
+            costs={i: context.additive_cost(name) for i, name in additive},
+            known=lambda p: [
+                None if n == "accuracy" else float(getattr(self._cost(self._layers(p)), n))
+                for n in objectives
+            ],
+            excess=lambda p: context.limits.excess(self._cost(self._layers(p)), None),
+            learned=objectives.index("accuracy"),
+            ideal=reference.value if by_metric else 0.0,
+            noise=noise if by_metric else 0.0,
+            initial=0,
+            seed=self.settings.seed,
+        )
+
+    def _layers(self, params: Mapping[str, int]) -> Candidate:
+        """The candidate of one index a layer."""
+        picked = {n: c[params[n]] for n, c in self.free.items()}
+        return Candidate({n: picked.get(n, self.fixed.get(n, FLOAT)) for n in self.context.choices})
+
+    def _cost(self, candidate: Candidate) -> Cost:
+        key = candidate.key
+        if key not in self.costs:
+            if len(self.costs) > 20_000:
+                self.costs.clear()
+            self.costs[key] = self.context.predict(candidate)
+        return self.costs[key]
+
+    def learned(self) -> dict[str, Any] | None:
+        """What the surrogate makes of all trials, whichever sampler proposed them; None
+        without a prior or with too few trials."""
+        if not self.priors or not self.free:
+            return None
+        view = self._surrogate().view(self.study)
+        return None if view is None else {"signal": self.settings.signal, **view}
+
+    def _nondominated(self, results: Sequence[TrialResult]) -> list[TrialResult]:
+        kept = {m.trial for m in members_of(results, self.settings.objectives)}
+        return [r for r in results if r.trial in kept]
+
+    def _against(self, candidate: Candidate, origin: str) -> Against:
+        """The best member that costs no more, and the solver's picks at about the same cost."""
+        if origin in ("uniform", "polish"):
+            return Against(origin)
+        names = [n for n in self.settings.objectives if n != "accuracy"]
+        own = self._cost(candidate)
+        mine = [float(getattr(own, n)) for n in names]
+
+        def costs(result: TrialResult) -> list[float]:
+            return [float(getattr(result.predicted, n)) for n in names]
+
+        best: TrialResult | None = None
+        for result in self.leading:
+            cheaper = all(a <= b for a, b in zip(costs(result), mine, strict=True))
+            if cheaper and result.evidence and _value(result) > (-math.inf if best is None
+                    else _value(best)):  # fmt: skip
+                best = result
+        picks = []
+        for result in self.results if origin != "solver" else ():
+            if result.origin != "solver" or result.status != "complete" or result.second is None:
+                continue
+            near = [a <= b <= _NEAR * a for a, b in zip(mine, costs(result), strict=True)]
+            if all(near):
+                picks.append((result.trial, _value(result), result.second))
+        if best is None:
+            return Against(origin, picks=tuple(picks))
+        return Against(origin, best.trial, best.evidence, tuple(picks))
 
     def _recover(self) -> None:
         """After a crash: fail what is still running, repeat it, tell what was not told.
@@ -152,12 +314,13 @@ class Study:
         known = {r.trial: r for r in self.results}
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             result = known.get(trial.number)
-            if result is not None and result.status == "complete":
-                self.study.tell(trial.number, self._values(result))
+            values = None if result is None else self._values(result)
+            if result is not None and result.status == "complete" and values is not None:
+                self.study.tell(trial.number, values)
                 continue
             self.study.tell(trial.number, state=TrialState.FAIL)
             if result is None and set(trial.params) == set(self.free):
-                self.study.enqueue_trial(dict(trial.params))
+                self.study.enqueue_trial(dict(trial.params), user_attrs=trial.user_attrs)
         count = len(self.study.get_trials(deepcopy=False))
         for number in range(count, max(known, default=-1) + 1):
             self._add(known.get(number))
@@ -173,7 +336,8 @@ class Study:
         """Ask, run and tell until ``total`` trials (default: the settings'), time or candidates
         are used up, or Ctrl-C.
 
-        Returns why it ended: ``trials``, ``timeout``, ``exhausted`` or ``interrupted``.
+        Returns why it ended: ``trials``, ``timeout``, ``exhausted``, ``patience`` or
+        ``interrupted``.
         """
         from optuna.exceptions import StorageInternalError
         from optuna.trial import TrialState
@@ -193,6 +357,9 @@ class Study:
                     if self.timed_out:
                         reason = "timeout"
                         break
+                    if settings.patience is not None and self.still >= settings.patience:
+                        reason = "patience"
+                        break
                     proposal = next(proposals, None)
                     if proposal is None:
                         reason = "exhausted"
@@ -200,7 +367,8 @@ class Study:
                     trial, candidate = proposal
                     running[trial.number] = trial
                     self.seen[candidate.key] = trial.number
-                    executor.submit(candidate, trial.number, settings.seed)
+                    against = self._against(candidate, trial.user_attrs.get("origin", "sampler"))
+                    executor.submit(candidate, trial.number, settings.seed, against)
                 if not running:
                     return reason
                 result = executor.wait()
@@ -236,14 +404,11 @@ class Study:
             neighbour = self._neighbour()
             if neighbour is None:
                 return
-            self.study.enqueue_trial(self._params(neighbour))
+            self._enqueue(neighbour, "neighbour")
 
     def _candidate(self, trial: optuna.trial.Trial) -> Candidate:
         """The trial's parameters: one ordinal index a layer."""
-        layers = dict(self.fixed)
-        for name, choices in self.free.items():
-            layers[name] = choices[trial.suggest_int(name, 0, len(choices) - 1)]
-        return Candidate({name: layers[name] for name in self.context.choices})
+        return self._layers({n: trial.suggest_int(n, 0, len(c) - 1) for n, c in self.free.items()})
 
     def _params(self, candidate: Candidate) -> dict[str, int]:
         return {n: list(c).index(candidate.choice(n)) for n, c in self.free.items()}
@@ -271,7 +436,8 @@ class Study:
         number = len(self.study.get_trials(deepcopy=False))
         found = replace(candidate, polish=True)
         path = self.settings.folder / "artifacts" / f"{number}.onnx"
-        result = run_trial(self.context, found, number, self.settings.seed, save=path)
+        against = Against("polish")
+        result = run_trial(self.context, found, number, self.settings.seed, path, against)
         self._write(result)
         self.seen[result.candidate.key] = number
         self._add(result)
@@ -282,7 +448,8 @@ class Study:
         from optuna.distributions import IntDistribution
         from optuna.trial import TrialState, create_trial
 
-        if result is None or result.status == "failed" or result.predicted is None:
+        values = None if result is None else self._values(result)
+        if result is None or result.predicted is None or values is None:
             self.study.add_trial(create_trial(state=TrialState.FAIL))
             return
         drop = None if result.score is None else result.score.drop
@@ -290,20 +457,40 @@ class Study:
             create_trial(
                 params=self._params(result.candidate),
                 distributions={n: IntDistribution(0, len(c) - 1) for n, c in self.free.items()},
-                values=self._values(result),
+                values=values,
                 constraints=self.context.limits.excess(result.predicted, drop),
+                user_attrs=self._attributes(result),
             )
         )
 
-    def _values(self, result: TrialResult) -> list[float]:
-        """Objective values; float's metric bounds what was too costly to be evaluated."""
+    def _values(self, result: TrialResult) -> list[float] | None:
+        """Objective values as Optuna stores them; None for a trial without any.
+
+        The float network's bound what was too costly to be evaluated. A metric of a part of
+        the split counts by its drop against float on that part.
+        """
         reference = self.context.evaluator.reference
-        assert reference is not None and result.predicted is not None
-        accuracy = reference.value if result.score is None else result.score.value
+        assert reference is not None
+        score = result.score
+        if result.status == "failed" or result.predicted is None:
+            return None
+        if self.settings.signal == "metric":
+            first = reference.value if score is None else reference.value - score.drop
+        elif score is not None and score.divergence is None:
+            return None
+        else:
+            first = 0.0 if score is None else float(score.divergence or 0.0)
         return [
-            accuracy if n == "accuracy" else float(getattr(result.predicted, n))
+            first if n == "accuracy" else float(getattr(result.predicted, n))
             for n in self.settings.objectives
         ]
+
+    @staticmethod
+    def _attributes(result: TrialResult) -> dict[str, Any]:
+        """What Optuna keeps beside the values: the score in the metric; whether it bounds."""
+        if result.score is None:
+            return {"bound": True}
+        return {"accuracy": result.score.value, "samples": result.score.samples}
 
     def _write(self, result: TrialResult) -> None:
         """Add a finished trial's line to trials.jsonl, synced to disk."""
@@ -316,22 +503,40 @@ class Study:
         except OSError as error:
             raise RunError(_cannot_write(self.path, error)) from None
         self.results.append(result)
+        before = [r.trial for r in self.leading]
+        if result.status == "complete":
+            self.leading = self._nondominated([*self.leading, result])
+        self.still = 0 if [r.trial for r in self.leading] != before else self.still + 1
 
     def _record(self, trial: optuna.trial.Trial, result: TrialResult) -> None:
         """First the line, synced, then Optuna."""
         from optuna.trial import TrialState
 
         self._write(result)
-        if result.status == "failed" or result.predicted is None:
+        values = self._values(result)
+        if result.predicted is None or values is None:
             self.study.tell(trial, state=TrialState.FAIL)
             return
+        for name, value in self._attributes(result).items():
+            trial.set_user_attr(name, value)
         drop = result.score.drop if result.score is not None else None
-        if result.score is None:
-            trial.set_user_attr("accuracy_is_bound", True)
-        excess = self.context.limits.excess(result.predicted, drop)
-        for name, value in excess.items():
+        for name, value in self.context.limits.excess(result.predicted, drop).items():
             trial.set_constraint(name, value)
-        self.study.tell(trial, self._values(result))
+        self.study.tell(trial, values)
+
+
+def _value(result: TrialResult) -> float:
+    return -math.inf if result.score is None else result.score.value
+
+
+def _judged(result: TrialResult, limits: Limits) -> TrialResult:
+    """An evaluated trial under the limits of now, which may differ from those it ran under."""
+    if result.status not in ("complete", "infeasible") or result.predicted is None:
+        return result
+    drop = None if result.score is None else result.score.drop
+    if max(limits.excess(result.predicted, drop).values(), default=0.0) > 0:
+        return replace(result, status="infeasible")
+    return result if result.score is None else replace(result, status="complete")
 
 
 def read_trials(path: Path) -> list[TrialResult]:
@@ -378,22 +583,28 @@ def _storage(settings: StudySettings) -> Any:
         raise RunError(f"--storage {settings.storage}: {reason}") from None
 
 
-def _sampler(settings: StudySettings, done: int) -> BaseSampler:
-    """A sampler by name, seeded anew at each resume, or the one that was given."""
+def _named_sampler(name: str, seed: int) -> BaseSampler:
+    """Any of Optuna's samplers that needs no more than a seed, by its class's name."""
     import optuna
 
-    if not isinstance(settings.sampler, str):
-        return settings.sampler
-    seed = settings.seed + done
-    name = settings.sampler.lower()
+    known = {
+        n.lower(): getattr(optuna.samplers, n)
+        for n in optuna.samplers.__all__
+        if n.endswith("Sampler") and n != "BaseSampler"
+    }
+    asked = {"tpe": "tpesampler", "nsga2": "nsgaiisampler"}.get(name.lower(), name.lower())
+    found = known.get(asked) or known.get(asked + "sampler")
+    if found is None:
+        names = [*SAMPLERS, *(n.removesuffix("sampler") for n in known)]
+        raise RunError(f"--sampler {name!r}: {nearest(name, list(dict.fromkeys(names)))}")
+    options: dict[str, Any] = {"seed": seed}
+    if asked == "tpesampler":
+        options["multivariate"] = True
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if name == "tpe":
-            return optuna.samplers.TPESampler(
-                seed=seed, multivariate=True, warn_independent_sampling=False
-            )
-        if name == "nsga2":
-            return optuna.samplers.NSGAIISampler(seed=seed)
-        if name == "random":
-            return optuna.samplers.RandomSampler(seed=seed)
-    raise RunError(f"--sampler {settings.sampler!r}: {nearest(settings.sampler, SAMPLERS)}")
+        try:
+            sampler: BaseSampler = found(**options)
+        except (TypeError, ImportError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise RunError(f"--sampler {name!r}: needs more than a name: {reason}") from None
+    return sampler

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from autoquant.calibration import Calibration, calibrate, channel_peaks, fixed_batch
+from autoquant.calibration import Calibration, calibrate, channel_peaks, fixed_batch, rebatch
 from autoquant.candidate import Candidate, LayerChoice
 from autoquant.compress import Artifact, compress
 from autoquant.compress.bank import Bank
@@ -26,11 +26,11 @@ from autoquant.cost.roofline import RooflineModel, kernel_of
 from autoquant.cost.static import block_scale_bytes
 from autoquant.cost.table import PRECISIONS, TableModel, from_profile, measure_device
 from autoquant.errors import AutoquantError, CandidateError, HardwareError
-from autoquant.evaluate import Evaluator
+from autoquant.evaluate import Evaluator, divergence, pad
 from autoquant.graph import PRODUCT, Graph
 from autoquant.hardware import Hardware, load_hardware
 from autoquant.result import Cost, Score, TrialResult
-from autoquant.runtime import RUNTIMES, OnnxRuntime
+from autoquant.runtime import RUNTIMES, OnnxRuntime, Session, run_batches
 from autoquant.space import Rule, Space, load_space
 from autoquant.task import Array, Split, Task, to_numpy
 
@@ -71,14 +71,31 @@ class Limits:
         return found
 
 
+@dataclass(frozen=True, slots=True)
+class Against:
+    """What a trial is compared with while it runs.
+
+    ``origin``: what proposed its candidate. ``trial``, ``evidence``: the best member that costs
+    no more in any objective; the trial stops where that is surely better. ``picks``: the
+    solver's picks that it would replace at about their cost, as (trial, metric, divergence on
+    the second inputs).
+    """
+
+    origin: str = "sampler"
+    trial: int | None = None
+    evidence: str | None = None
+    picks: tuple[tuple[int, float, float], ...] = ()
+
+
 @dataclass(frozen=True)
 class Context:
     """All that a trial needs, made once by `prepare`; pickles for workers.
 
     ``sample``: up to eight calibration inputs. ``probe``: calibration inputs to compare
     outputs on; images are mixed in pairs, since networks know their training images.
-    ``inputs``: the calibration batches, which polishing runs. ``original``: the float network as
-    it came; ``graph`` is what the space's rescalings made of it, and computes the same.
+    ``expected``: the float network's outputs on them. ``inputs``: the calibration batches,
+    which polishing runs. ``original``: the float network as it came; ``graph`` is what the
+    space's rescalings made of it, and computes the same.
     """
 
     original: Graph
@@ -94,6 +111,16 @@ class Context:
     sample: tuple[Array, ...]
     probe: tuple[Array, ...]
     inputs: tuple[tuple[Array, ...], ...]
+    expected: Array
+
+    def second(self, session: Session) -> float:
+        """The divergence of an artifact's outputs on the second set of inputs, the probe."""
+        outputs = _probed(session, self.probe, self.evaluator)
+        return divergence(self.expected, outputs, self.evaluator.metric == "top1")
+
+    def predict(self, candidate: Candidate) -> Cost:
+        """What a candidate costs, before it is built."""
+        return self.cost.predict(resolve(self.graph, candidate))
 
     def compress(self, candidate: Candidate) -> Artifact:
         """The candidate's artifact, in this context's dialect; polished if it says so."""
@@ -106,13 +133,17 @@ class Context:
 
     def additive_cost(self, name: str) -> dict[str, tuple[float, ...]]:
         """What each choice of each layer adds to a cost, taken alone: its weights' bytes (with
-        the scales of blocks), or for ``latency_ms`` and ``energy_mj`` its kernel's (0 where no
-        model knows)."""
+        the scales of blocks), its ``bops``, or for ``latency_ms`` and ``energy_mj`` its
+        kernel's (0 where no model knows)."""
         found = {}
         for layer, choices in self.choices.items():
             node = self.graph.by_name[layer]
             model = self.cost.latency
-            if name not in ("latency_ms", "energy_mj"):
+            if name == "bops":
+                found[layer] = tuple(
+                    float(node.macs * c.weight_bits * c.activation_bits) for c in choices
+                )
+            elif name not in ("latency_ms", "energy_mj"):
                 found[layer] = tuple(
                     c.weight_bits * node.parameters / 8 + block_scale_bytes(node, c)
                     for c in choices
@@ -167,7 +198,8 @@ def prepare(
         choices = _available(offered, graph, device)
     say(f"scoring the float network on {validation.samples:,} validation samples")
     evaluator = evaluator_for(task, graph, "validation", workers=workers, seed=seed)
-    evaluator.set_reference(RUNTIMES[device.runtime]().open(float_model(original)))
+    session = RUNTIMES[device.runtime]().open(float_model(original))
+    evaluator.set_reference(session)
     say(f"calibrating on {calibration_split.samples:,} samples")
     calibration = calibrate(
         graph,
@@ -195,6 +227,7 @@ def prepare(
         predictor = table
     cost = CostModel(graph, device.dialect, predictor, bank)
     baseline = cost.baseline()
+    probe = _probe(calibration_split, graph)
     return Context(
         original=original,
         graph=graph,
@@ -207,8 +240,9 @@ def prepare(
         limits=replace(limits or Limits(), room=device.room),
         baseline=baseline,
         sample=tuple(array[:8] for array in calibration_split.batches[0]),
-        probe=_probe(calibration_split, graph),
+        probe=probe,
         inputs=calibration_split.batches,
+        expected=_probed(session, probe, evaluator),
     )
 
 
@@ -233,6 +267,19 @@ def _probe(split: Split, graph: Graph) -> tuple[Array, ...]:
         mixed = 0.6 * joined[0] + 0.4 * joined[0][::-1, :, :, ::-1]
         return (mixed.astype(np.float32),)
     return joined
+
+
+def _probed(session: Session, probe: tuple[Array, ...], evaluator: Evaluator) -> Array:
+    """First outputs on the probe, in batches as large as the evaluator's."""
+    rows = len(evaluator.batches[0][0])
+    batches = rebatch([probe], rows)
+    counts = [len(batch[0]) for batch in batches]
+    if evaluator.fixed:
+        batches = [tuple(pad(a, rows) for a in batch) for batch in batches]
+    found = run_batches(session, batches, evaluator.workers)
+    return np.concatenate(
+        [np.asarray(outputs[0])[:count] for outputs, count in zip(found, counts, strict=True)]
+    )
 
 
 def evaluator_for(
@@ -336,12 +383,20 @@ def _device_model(
 
 
 def run_trial(
-    context: Context, candidate: Candidate, trial: int, seed: int = 0, save: Path | None = None
+    context: Context,
+    candidate: Candidate,
+    trial: int,
+    seed: int = 0,
+    save: Path | None = None,
+    against: Against | None = None,
 ) -> TrialResult:
     """Compress, score and cost one candidate; ``save`` keeps the file. An error becomes a
-    failed result."""
+    failed result, and what ``against`` beats is stopped."""
+    against = against or Against()
     seconds: dict[str, float] = {}
-    result = TrialResult(trial, candidate, "failed", seconds=seconds, seed=seed)
+    result = TrialResult(
+        trial, candidate, "failed", seconds=seconds, seed=seed, origin=against.origin
+    )
 
     def timed(stage: str, start: float) -> float:
         now = time.perf_counter()
@@ -352,24 +407,33 @@ def run_trial(
         clock = time.perf_counter()
         artifact = context.compress(candidate)
         predicted = context.cost.predict(artifact.candidate)
-        result = replace(result, candidate=artifact.candidate, predicted=predicted)
+        result = replace(
+            result, candidate=artifact.candidate, predicted=predicted, sha256=artifact.sha256
+        )
         if save is not None:
             artifact.save(save)
         clock = timed("compress", clock)
         if max(context.limits.excess(predicted, None).values(), default=0.0) > 0:
-            return replace(result, status="infeasible", sha256=artifact.sha256)
+            return replace(result, status="infeasible")
         session = RUNTIMES[context.hardware.runtime]().open(artifact.model)
         clock = timed("open", clock)
-        score = context.evaluator.score(session)
-        timed("evaluate", clock)
-        excess = context.limits.excess(predicted, score.drop)
-        return replace(
-            result,
-            status="infeasible" if max(excess.values(), default=0.0) > 0 else "complete",
-            score=score,
-            measured={"size_bytes": artifact.size_bytes},
-            sha256=artifact.sha256,
-        )
+        found = context.evaluator.assess(session, against.evidence)
+        clock = timed("evaluate", clock)
+        score, measured = found.score, {"size_bytes": artifact.size_bytes}
+        result = replace(result, score=score, measured=measured, evidence=found.evidence)
+        if found.stopped:
+            return replace(result, status="stopped", why=f"dominated by trial {against.trial}")
+        replaced = [pick for pick in against.picks if score.value >= pick[1]]
+        if against.origin == "solver" or replaced:
+            result = replace(result, second=context.second(session))
+            timed("second", clock)
+        if max(context.limits.excess(predicted, score.drop).values(), default=0.0) > 0:
+            return replace(result, status="infeasible")
+        for pick, _, second in replaced:
+            if result.second is not None and result.second > second:
+                why = f"trial {pick} is closer to float on a second set of inputs"
+                return replace(result, status="stopped", why=why)
+        return replace(result, status="complete")
     except AutoquantError as error:
         return replace(result, status="failed", error=str(error))
     except Exception as error:
