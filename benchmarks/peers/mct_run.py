@@ -33,8 +33,8 @@ except RuntimeError:
             f"torchvision::{operator}", "(Tensor dets, Tensor scores, float threshold) -> Tensor"
         )
 
-import mct_quantizers  # noqa: E402
-import model_compression_toolkit as mct  # noqa: E402
+import mct_quantizers
+import model_compression_toolkit as mct
 
 BATCH = 32
 
