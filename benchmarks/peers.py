@@ -78,12 +78,19 @@ OURS: dict[str, tuple[list[tuple[list[int], list[float]]], bool]] = {
     "efficientnet_lite0": ([(PLAIN, [4, 3]), (WIDE, [8, 4, 3])], False),
     "minilm": ([(WIDE, [8])], False),
 }
+# network: calibration methods of quantize_static, the default first; the histograms of the last
+# two take minutes on ResNet-20 and more memory than there is on the larger networks
+STATIC = {
+    "resnet20": ["MinMax", "MinMax, moving average", "Entropy", "Percentile"],
+    "efficientnet_lite0": ["MinMax", "MinMax, moving average"],
+    "minilm": ["MinMax"],
+}
 TITLES = {
     "resnet20": "ResNet-20, CIFAR-10, top-1 on 8,000 test images",
     "efficientnet_lite0": "EfficientNet-Lite0, ImageNet subset, top-1 on 800 test images",
     "minilm": "MiniLM-L6, STS benchmark, Spearman × 100 on the test split",
 }
-TOOLS = {"float": 0, "autoquant": 1, "MCT": 2, "onnxruntime": 3, "NNCF": 4}
+TOOLS = {"autoquant": 0, "MCT": 1, "onnxruntime": 2, "NNCF": 3}
 # what a search is compared with: as many budgets as MCT was asked for here
 SEARCHES = {
     "resnet20": "cifar10.py:resnet20",
@@ -290,8 +297,9 @@ def onnxruntime_rows(network: Network, folder: Path) -> Iterator[Row]:
     ]
     validation = network.evaluator("validation")
     tried: dict[str, tuple[float, Row]] = {}
-    for method in ("MinMax", "Entropy", "Percentile"):
-        path = folder / f"static-{method}.onnx"
+    for method in STATIC[network.name]:
+        path = folder / f"static-{slug(method)}.onnx"
+        kind, *averaged = method.split(", ")
         start = clocks()
         try:
             quantize_static(
@@ -301,7 +309,8 @@ def onnxruntime_rows(network: Network, folder: Path) -> Iterator[Row]:
                 per_channel=True,
                 activation_type=QuantType.QInt8,
                 weight_type=QuantType.QInt8,
-                calibrate_method=CalibrationMethod[method],
+                calibrate_method=CalibrationMethod[kind],
+                extra_options={"CalibMovingAverage": bool(averaged)},
             )
         except Exception as error:  # a method that cannot calibrate this network
             print(f"quantize_static {method}: {type(error).__name__}: {error}"[:300])
@@ -311,11 +320,11 @@ def onnxruntime_rows(network: Network, folder: Path) -> Iterator[Row]:
         tried[method] = (value, {**row, "path": str(path), "validation": round(100 * value, 3)})
     spent = round(sum(row["cpu_seconds"] for _, row in tried.values()), 2)
     best = max(tried, key=lambda method: tried[method][0])
-    for method in dict.fromkeys(["MinMax", best]):
+    for method in dict.fromkeys([STATIC[network.name][0], best]):
         row = tried[method][1]
         label = f"quantize_static, {method}"
-        if method == best:
-            label += " (best of three on validation)"
+        if method == best and len(tried) > 1:
+            label += f" (best of {len(tried)} on validation)"
             row["cpu_seconds"] = spent
         yield int8_row(network, row, "onnxruntime", onnxruntime.__version__, label)
     if network.name == "minilm":
@@ -606,37 +615,66 @@ def head_to_head(document: Row) -> tuple[list[str], list[str]]:
 
 
 def times(document: Row) -> list[str]:
-    """Whole searches beside MCT's budgets."""
+    """Several budgets together, and whole searches, beside MCT's budgets."""
     lines = []
-    for found in document.get("searches", []):
-        name = found["network"]
-        theirs = [
-            r
+    for name in document["float"]:
+        rows = [r for r in document["rows"] if r["network"] == name and "{2,4,8}" in r["setting"]]
+        theirs = {
+            r["budget_bits"]: r["cpu_seconds"]
             for r in document["rows"]
-            if r["network"] == name and r["tool"] == "MCT" and r["setting"] == "default"
-        ]
-        mixed = [r for r in theirs if r["budget_bits"] < 8] if len(theirs) > 3 else theirs
-        budgets = ", ".join(f"{r['budget_bits']:g}" for r in mixed)
-        total = sum(r["cpu_seconds"] for r in mixed)
-        lines.append(
-            f"| {name} | {found['cpu_seconds']:.0f} ({found['members']} members) | "
-            f"{total:.0f} (budgets {budgets}) | {found['cpu_seconds'] / total:.2f} |"
-        )
+            if (r["network"], r["tool"], r["setting"]) == (name, "MCT", "default")
+        }
+        for suffix in ("", ", polished"):
+            mine = [r for r in rows if r["setting"] == "{2,4,8}" + suffix]
+            mine = [r for r in mine if r["budget_bits"] in theirs]
+            if mine:
+                spent = mine[0]["shared_cpu_seconds"] + sum(r["cpu_seconds"] for r in mine)
+                lines.append(
+                    _time(name, "{2,4,8}" + suffix, spent, [r["budget_bits"] for r in mine], theirs)
+                )
+        for found in (s for s in document["searches"] if s["network"] == name):
+            label = f"whole search, {found['trials']} trials, {found['members']} members"
+            budgets = sorted(theirs)[:3]
+            lines.append(_time(name, label, found["cpu_seconds"], budgets, theirs))
     if not lines:
         return []
     return [
-        "## Whole searches",
+        "## Time for several budgets",
         "",
-        "A default search of 60 trials, everything that its process does counted (imports, "
-        "lowering, timing the device's kernels, scoring every trial's file, polishing, "
-        "verification, MLflow), beside the sum of MCT's "
-        "budgets, of which only the quantization is counted. CPU seconds.",
+        "CPU seconds. A whole search is a default one with everything that its process does "
+        "(imports, lowering, timing the device's kernels, scoring every trial's file, polishing, "
+        "verification, MLflow); of MCT only the quantization is counted.",
         "",
-        "| network | our search | MCT | ours / MCT |",
-        "|---|---|---|---|",
+        "| network | ours | CPU s | MCT's budgets | CPU s | ours / MCT |",
+        "|---|---|---|---|---|---|",
         *lines,
         "",
     ]
+
+
+def _time(name: str, label: str, spent: float, budgets: list[float], theirs: Row) -> str:
+    total = sum(theirs[bits] for bits in budgets)
+    shown = ", ".join(f"{bits:g}" for bits in sorted(budgets, reverse=True))
+    return f"| {name} | {label} | {spent:.1f} | {shown} | {total:.1f} | {spent / total:.2f} |"
+
+
+def unmeasured(document: Row) -> list[str]:
+    """What the benchmark can run and the results do not hold."""
+    rows = document["rows"]
+    done = {(r["network"], r["tool"]) for r in rows}
+    missing = [f"{tool} on {name}" for name in OURS for tool in TOOLS if (name, tool) not in done]
+    missing = [text for text in missing if text != "MCT on minilm"]  # it takes images here
+    settings = {(r["network"], r["setting"], r["budget_bits"]) for r in rows if r["tool"] == "MCT"}
+    for name, cases in MCT.items():
+        for label, setting in cases:
+            found = (name, label, setting["bits"]) in settings
+            if not found and (name, "MCT") in done:
+                missing.append(f"MCT on {name} at {setting['bits']:g} bits ({label})")
+    searched = {s["network"] for s in document["searches"]}
+    missing += [f"a whole search of {name}" for name in SEARCHES if name not in searched]
+    if not missing:
+        return []
+    return ["## Not measured yet", "", *(f"- {text}" for text in missing)]
 
 
 def page(document: Row) -> str:
@@ -649,13 +687,12 @@ def page(document: Row) -> str:
         "",
         "Written by `python benchmarks/peers.py`; the figures are in "
         "`benchmarks/results/peers.json`. "
-        f"Measured on {document['environment']['cpu']}, with {named}, "
-        f"onnxruntime {document['environment']['onnxruntime']}.",
+        f"Measured on {document['environment']['cpu']}, with {named}.",
         "",
         *READING,
         "",
     ]
-    for name in OURS:
+    for name in document["float"]:
         lines += network_table(name, document)
     lines += [
         "## Head to head",
@@ -670,6 +707,8 @@ def page(document: Row) -> str:
         "## Where a peer is ahead",
         "",
         *(ahead or ["Nowhere in these figures."]),
+        "",
+        *unmeasured(document),
     ]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -704,14 +743,16 @@ def main() -> None:
     parser.add_argument("--setup", type=Path, metavar="ENVIRONMENTS")
     parser.add_argument("--environments", type=Path, help="the folder that --setup made")
     parser.add_argument("--work", type=Path, help="keeps the peers' files; default: temporary")
-    parser.add_argument("--tools", nargs="*", default=["MCT", "onnxruntime", "NNCF"])
-    parser.add_argument("--ours", action="store_true", help="measure only our rows again")
+    parser.add_argument("--tools", nargs="*", default=list(TOOLS), help="whose rows to measure")
+    parser.add_argument("--ours", action="store_true", help="--tools autoquant")
     parser.add_argument("--searches", action="store_true", help="time whole searches too")
     parser.add_argument("--page", action="store_true", help="only write the page")
     options = parser.parse_args()
     if options.setup:
         setup(options.setup.resolve())
         return
+    if options.ours:
+        options.tools = ["autoquant"]
     stored = RESULTS / "peers.json"
     document: Row = json.loads(stored.read_text()) if stored.is_file() else {}
     document.pop("environment", None)
@@ -722,39 +763,28 @@ def main() -> None:
             work = (options.work or Path(temporary)).resolve()
             for name in options.networks or OURS:
                 run(name, document, options, work)
-                record("peers", document)
     PAGE.write_text(page(json.loads(stored.read_text())), encoding="utf-8")
     print(f"wrote {PAGE.relative_to(HERE.parent)}")
 
 
 def run(name: str, document: Row, options: argparse.Namespace, work: Path) -> None:
-    """One network: new rows take the place of the same tools' rows in ``document``."""
+    """One network: new rows take the place of the same tools' rows in ``document``, which is
+    recorded after every row, so that a run that is stopped keeps what it has."""
     network = Network(name)
     environments = options.environments.resolve() if options.environments else None
     data, jobs = work / "data" / name, work / "jobs" / name
     python = {n: environments / n / "bin" / "python" for n in PACKAGES} if environments else {}
     makers: dict[str, Callable[[], Iterator[Row]]] = {
-        "autoquant": lambda: ours(network, jobs / "ours")
+        "autoquant": lambda: ours(network, jobs / "ours"),
+        "onnxruntime": lambda: onnxruntime_rows(network, jobs / "onnxruntime"),
     }
-    if not options.ours:
+    if python:
+        makers["NNCF"] = lambda: nncf_rows(network, data, jobs, python["nncf"])
+    if python and name in MCT:
+        makers["MCT"] = lambda: mct_rows(network, data, jobs, python["mct"])
+    makers = {tool: make for tool, make in makers.items() if tool in options.tools}
+    if {"NNCF", "MCT"} & set(makers):
         network.write(data)
-        makers["onnxruntime"] = lambda: onnxruntime_rows(network, jobs / "onnxruntime")
-        if python and name in MCT:
-            makers["MCT"] = lambda: mct_rows(network, data, jobs, python["mct"])
-        if python:
-            makers["NNCF"] = lambda: nncf_rows(network, data, jobs, python["nncf"])
-        makers = {t: m for t, m in makers.items() if t == "autoquant" or t in options.tools}
-    rows: list[Row] = []
-    for tool, make in makers.items():
-        for row in make():
-            rows.append({"network": name, **row})
-            shown = {
-                k: v for k, v in rows[-1].items() if k not in ("correct", "layer_bits", "path")
-            }
-            print(json.dumps({**shown, "tool": tool}), flush=True)
-    add_latencies(network, rows, jobs / "openvino", python.get("nncf"))
-    for row in rows:
-        row.pop("path", None)
     reference = network.test.reference
     assert reference is not None
     document["float"][name] = {
@@ -763,12 +793,28 @@ def run(name: str, document: Row, options: argparse.Namespace, work: Path) -> No
         "samples": network.test.split.samples,
         "calibration": network.task.split("calibration").samples,
     }
-    kept = [r for r in document["rows"] if r["network"] != name or r["tool"] not in makers]
-    document["rows"] = kept + rows
+    kept, rows = document["rows"], list[Row]()
+    for tool, make in makers.items():
+        kept = [r for r in kept if r["network"] != name or r["tool"] != tool]
+        for row in make():
+            rows.append({"network": name, **row})
+            save(document, kept, rows)
+            shown = {k: v for k, v in row.items() if k not in ("correct", "layer_bits", "path")}
+            print(json.dumps({"network": name, **shown}), flush=True)
+    add_latencies(network, rows, jobs / "openvino", python.get("nncf"))
+    save(document, kept, rows)
     if options.searches and name in SEARCHES:
         others = [s for s in document["searches"] if s["network"] != name]
         document["searches"] = [*others, whole_search(name)]
         print(json.dumps(document["searches"][-1]), flush=True)
+        save(document, kept, rows)
+
+
+def save(document: Row, kept: Sequence[Row], rows: Sequence[Row]) -> None:
+    """Record the kept and the new rows, without the paths of this machine."""
+    fresh = [{k: v for k, v in row.items() if k != "path"} for row in rows]
+    document["rows"] = [*kept, *fresh]
+    record("peers", document)
 
 
 if __name__ == "__main__":
