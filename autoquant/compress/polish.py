@@ -69,14 +69,13 @@ def polish(
 
     Convolutions and products with weights of at most 8 bits change (those with scales by block
     are refitted, not tuned); others keep the bank's weights. The result depends on the candidate
-    and the first ``SAMPLES`` calibration inputs of ``batches`` alone, not on ``workers``, the
-    batches that run at a time.
+    and the first ``SAMPLES`` calibration inputs of ``batches`` alone (images also mirrored), not
+    on ``workers``, the batches that run at a time.
     """
     polished = bank.overlay()
     names = graph.inputs
-    exact = [
-        dict(zip(names, batch, strict=True)) for batch in _first(rebatch(batches, BATCH), SAMPLES)
-    ]
+    seen = list(_first(rebatch(batches, BATCH), SAMPLES))
+    exact = [dict(zip(names, batch, strict=True)) for batch in _mirrored(graph, seen)]
     coarse = exact
     planned = plan(graph, candidate, dialect)
     grids = _Grids(graph, planned, calibration, candidate, dialect)
@@ -131,6 +130,18 @@ def _first(batches: Sequence[tuple[Array, ...]], samples: int) -> Iterator[tuple
         samples -= batch[0].shape[0]
         if samples <= 0:
             return
+
+
+def _mirrored(graph: Graph, batches: Sequence[tuple[Array, ...]]) -> list[tuple[Array, ...]]:
+    """Where a network of convolutions reads one image, each batch and its mirror image in turn.
+
+    The float network says what its outputs are, so that these are inputs like any other.
+    """
+    first = batches[0][0]
+    is_image = len(batches[0]) == 1 and first.ndim == 4 and first.shape[1] in (1, 3, 4)
+    if not is_image or first.dtype != np.float32 or graph.layers[0].kind != "Conv":
+        return list(batches)
+    return [pair for b in batches for pair in (b, (np.ascontiguousarray(b[0][..., ::-1]),))]
 
 
 def _advance(
@@ -379,6 +390,8 @@ class _Tuning:
         for part in self.rows:
             count = len(part[""])
             cut = count - max(1, count // _HELD) if count > 1 else count
+            if cut > 2 * BATCH:  # an image and its mirror image on one side
+                cut -= cut % (2 * BATCH)
             seen.append({n: v[:cut] for n, v in part.items()})
             held.append({n: v[cut:] if cut < count else v for n, v in part.items()})
         start = self._error(held)
