@@ -17,6 +17,7 @@ from autoquant.errors import CandidateError, nearest
 WEIGHT_BITS = (2, 3, 4, 5, 6, 7, 8, 16, 32)
 ACTIVATION_BITS = (4, 6, 8, 16, 32)
 GRANULARITIES = ("channel", "tensor")
+ROUNDING_NAMES = ("nearest", "second-order", "adaround")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,7 @@ class LayerChoice:
     ``granularity``: one weight scale a ``channel`` or a ``tensor``.
     ``symmetric``: the input's zero point is fixed at the middle of the range.
     ``dynamic``: the input's range is taken at run time (Gemm and MatMul, 8-bit activations).
+    ``rounding``: how weights of at most 8 bits are rounded; None: as the search space says.
     """
 
     weight_bits: int = 32
@@ -37,6 +39,7 @@ class LayerChoice:
     symmetric: bool = False
     dynamic: bool = False
     int16: bool = False
+    rounding: str | None = None
 
     def __post_init__(self) -> None:
         for name, valid in (
@@ -47,6 +50,10 @@ class LayerChoice:
             value = getattr(self, name)
             if type(value) is not type(valid[0]) or value not in valid:
                 raise CandidateError(f"{name} is {value!r}; it can be {', '.join(map(str, valid))}")
+        if self.rounding is not None and self.rounding not in ROUNDING_NAMES:
+            raise CandidateError(
+                f"rounding is {self.rounding!r}; it can be {', '.join(ROUNDING_NAMES)}"
+            )
         for name in ("symmetric", "dynamic", "int16"):
             if not isinstance(getattr(self, name), bool):
                 raise CandidateError(f"{name} is {getattr(self, name)!r}; it can be true, false")
@@ -95,6 +102,7 @@ class LayerChoice:
             return "float"
         extra = [self.granularity] if self.granularity != "channel" else []
         extra += [name for name in ("symmetric", "dynamic", "int16") if getattr(self, name)]
+        extra += [self.rounding] if self.rounding else []
         return " ".join([f"{self.weight_bits}/{self.activation_bits}", *extra])
 
 
@@ -120,7 +128,11 @@ class Candidate:
     def key(self) -> str:
         """16 hex digits over what has an effect: float layers and empty parts do not count."""
         document = self.to_dict()
-        document["layers"] = {n: c.to_dict() for n, c in self.layers.items() if not c.is_float}
+        document["layers"] = {
+            n: (replace(c, rounding=None) if c.weight_bits > 8 else c).to_dict()
+            for n, c in self.layers.items()
+            if not c.is_float
+        }
         document["pruning"] = {n: r for n, r in self.pruning.items() if r}
         document["training"] = document["training"] or None
         text = json.dumps(document, sort_keys=True, separators=(",", ":"))

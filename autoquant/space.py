@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 from pydantic import Field, field_validator
 
 from autoquant import document
-from autoquant.candidate import ACTIVATION_BITS, FLOAT, WEIGHT_BITS, LayerChoice
+from autoquant.candidate import ACTIVATION_BITS, FLOAT, ROUNDING_NAMES, WEIGHT_BITS, LayerChoice
 from autoquant.errors import CandidateError, SpaceError
 
 
@@ -30,7 +30,10 @@ class NamedLayer(Protocol):
 
 
 class Rule(document.Document):
-    """Choices for the layers that it matches: every pair of the two bit widths, and float."""
+    """Choices for the layers that it matches: every pair of the two bit widths, and float.
+
+    With several names in ``rounding``, each pair of at most 8 weight bits once for each.
+    """
 
     layers: str | tuple[str, ...] = "*"
     kinds: tuple[str, ...] | None = None
@@ -41,6 +44,20 @@ class Rule(document.Document):
     symmetric: bool = False
     dynamic: bool = False
     int16: bool = False
+    rounding: tuple[str, ...] = ()
+
+    @field_validator("rounding", mode="before")
+    @classmethod
+    def _named(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("rounding")
+    @classmethod
+    def _known_roundings(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name not in ROUNDING_NAMES:
+                raise ValueError(f"{name!r} is not one of {', '.join(ROUNDING_NAMES)}")
+        return tuple(dict.fromkeys(value))
 
     @field_validator("weight_bits", "activation_bits", mode="before")
     @classmethod
@@ -82,16 +99,18 @@ class Rule(document.Document):
             if weight == activation == 32:
                 continue
             dynamic = self.dynamic and is_product and weight <= 8 and activation == 8
-            found.append(
-                LayerChoice(
-                    weight,
-                    activation,
-                    granularity=self.granularity,
-                    symmetric=self.symmetric,
-                    dynamic=dynamic,
-                    int16=self.int16,
+            for rounding in (self.rounding if weight <= 8 else ()) or (None,):
+                found.append(
+                    LayerChoice(
+                        weight,
+                        activation,
+                        granularity=self.granularity,
+                        symmetric=self.symmetric,
+                        dynamic=dynamic,
+                        int16=self.int16,
+                        rounding=rounding,
+                    )
                 )
-            )
         is_float = self.float_ or (32 in self.weight_bits and 32 in self.activation_bits)
         return tuple(dict.fromkeys([*found, FLOAT] if is_float or not found else found))
 
@@ -112,7 +131,7 @@ class Space(document.Document):
     name: str = ""
     description: str = ""
     calibration: Literal["minmax", "percentile", "mse", "entropy"] = "mse"
-    rounding: Literal["nearest", "second-order"] = "second-order"
+    rounding: Literal["nearest", "second-order", "adaround"] = "second-order"
     rules: tuple[Rule, ...] = Field(min_length=1)
 
     def choices(self, layers: Iterable[NamedLayer]) -> dict[str, tuple[LayerChoice, ...]]:

@@ -168,7 +168,9 @@ def test_a_rounding_gets_the_moments_of_its_layer(monkeypatch: pytest.MonkeyPatc
     Bank(net.graph, "spy", calibration).get(net.graph.layers[0], LayerChoice(4, 8))
     ((shape, bits, granularity, moments),) = seen
     assert (shape, bits, granularity) == ((8, 18), 4, "channel")
-    assert moments is calibration.moments["conv"] and moments.second.shape == (2, 18, 18)
+    assert moments is not None and moments.second.shape == (2, 18, 18)
+    assert np.array_equal(moments.second, calibration.moments["conv"].second)
+    assert np.array_equal(moments.mean, calibration.moments["conv"].mean)
 
 
 def test_an_unknown_rounding_offers_what_is_close() -> None:

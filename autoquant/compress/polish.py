@@ -19,7 +19,7 @@ from autoquant.calibration import Calibration, Columns, Moments, rebatch
 from autoquant.candidate import Candidate
 from autoquant.compress.bank import Bank, QuantizedWeight, take_spread_and_mean
 from autoquant.compress.qdq import assemble
-from autoquant.compress.rounding import SecondOrder
+from autoquant.compress.rounding import ROUNDINGS
 from autoquant.graph import Graph, Layer, prefix
 from autoquant.runtime import OnnxRuntime, run_batches
 from autoquant.task import Array
@@ -45,9 +45,9 @@ def polish(
     """
     polished = bank.overlay()
     batches = list(_first(rebatch(batches, 32), SAMPLES))
-    rounding = SecondOrder()
     for layer in graph.layers:
         choice = candidate.choice(layer.name)
+        rounding = ROUNDINGS["adaround" if choice.rounding == "adaround" else "second-order"]
         if layer.kind not in ("Conv", "Gemm") or choice.weight_bits > 8 or bank.is_shared(layer):
             continue
         written = assemble(graph, candidate, calibration, polished, dialect)

@@ -198,7 +198,8 @@ class _File:
         stem = len(layer.weight.removesuffix(".weight")) + 2 + len(str(bits))
         stem += choice.granularity == "tensor"
         stem += 1 + len(str(layer.channel_axis)) if layer.channel_axis else 0
-        key = (layer.weight, layer.channel_axis, bits, choice.granularity)
+        stem += 1 + len(choice.rounding) if choice.rounding else 0
+        key = (layer.weight, layer.channel_axis, bits, choice.granularity, choice.rounding)
         if bits == 32:
             return
         self.left[layer.weight] += 1
@@ -252,7 +253,8 @@ class _File:
             self._added_bias(layer, shifted)
         elif shifted:
             self._node_bias(layer)
-            self._tensor(len(layer.name) + 2, (channels,), 4)
+            outputs = channels * (layer.group if layer.kind == "ConvTranspose" else 1)
+            self._tensor(len(layer.name) + 2, (outputs,), 4)
 
     def _shifted(self, layer: Layer, choice: LayerChoice) -> bool:
         """Whether the stored weight comes with a shift of the bias."""

@@ -95,14 +95,17 @@ def _error(context: Context, layer: Layer, choice: LayerChoice) -> float:
 
 
 def _monotone(choices: Sequence[LayerChoice], values: Sequence[float]) -> tuple[float, ...]:
-    """Fewer bits never look better: running maximum from the widest choice down."""
+    """Fewer bits never look better: running maximum from the widest choice down.
+
+    Each rounding for itself.
+    """
     result = list(values)
     for i, low in enumerate(choices):
         for j, high in enumerate(choices):
             wider = (
                 high.weight_bits >= low.weight_bits and high.activation_bits >= low.activation_bits
             )
-            if i != j and wider:
+            if i != j and wider and high.rounding == low.rounding:
                 result[i] = max(result[i], values[j])
     return tuple(result)
 

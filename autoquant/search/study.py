@@ -88,6 +88,7 @@ def _nearest(choice: LayerChoice, found: Sequence[LayerChoice]) -> LayerChoice:
         key=lambda c: (
             abs(c.weight_bits - choice.weight_bits),
             abs(c.activation_bits - choice.activation_bits),
+            c.rounding != choice.rounding,
         ),
     )
 
