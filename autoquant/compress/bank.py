@@ -442,6 +442,10 @@ class _Operand:
         if moments is not None and rounding.needs_moments and key.bits <= 8:
             kept = output_spread(matrix, moments)
             scale, _ = take_spread_and_mean(values, scale, moments, *kept)
+        if not np.isfinite(scale).all():
+            raise ModelError(
+                f"layer {self.layer.name!r}: rounding to {key.bits} bits found no finite scale"
+            )
         rounded = values * scale.reshape(-1, 1).astype(np.float64)
         return QuantizedWeight(
             as_weight(values, self.layer).astype(np.int8 if key.bits <= 8 else np.int16),

@@ -102,9 +102,9 @@ def weighted_scale(weight: Array, bits: int, granularity: str, moments: Moments)
 class Hessian:
     """Damped second moments of some groups as torch tensors, inputs in the order of rounding.
 
-    ``order``: input indices. ``damped``: (groups, K, K) float32, in that order, to a mean
-    diagonal of about 1 in the largest group. ``factor``: the upper Cholesky factor of its
-    inverse, float32.
+    ``order``: input indices. ``damped``: (groups, K, K) float32, in that order and in units of
+    ``unit``, by which the largest group has a mean diagonal of about 1. ``factor``: the upper
+    Cholesky factor of its inverse, float32.
     """
 
     order: Any
@@ -137,7 +137,7 @@ def _hessian(moments: Moments, damping: float, group: int | None) -> Hessian:
     largest = float(mean.max())
     # a power of four changes no digit of the factors, and float32 holds the result
     unit = 4.0 ** round(np.log2(largest) / 2) if largest > 1e-300 else 1.0
-    mean = (mean / unit).clamp_min(1e-20 if largest > 1e-300 else 1.0)
+    mean = (mean / unit).clamp_min(1e-10 if largest > 1e-300 else 1.0)
     order = None
     for attempt in range(5):
         h = second / unit
@@ -285,8 +285,8 @@ class AdaRound:
         self,
         damping: float = 0.01,
         iterations: int = 300,
-        rate: float = 0.05,
-        strength: float = 0.02,
+        rate: float = 0.2,
+        strength: float = 1.0,
     ) -> None:
         self.damping, self.iterations = damping, iterations
         self.rate, self.strength = rate, strength
