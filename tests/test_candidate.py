@@ -16,6 +16,7 @@ from autoquant.candidate import (
     ACTIVATION_BITS,
     FLOAT,
     GRANULARITIES,
+    ROUNDING_NAMES,
     WEIGHT_BITS,
     Candidate,
     LayerChoice,
@@ -34,6 +35,7 @@ def choices(draw: st.DrawFn) -> LayerChoice:
         symmetric=draw(st.booleans()),
         dynamic=weight_bits <= 8 and activation_bits == 8 and draw(st.booleans()),
         int16=draw(st.booleans()),
+        rounding=draw(st.none() | st.sampled_from(ROUNDING_NAMES)),
     )
 
 
@@ -231,3 +233,20 @@ def test_normalized_changes_the_layers_alone() -> None:
     assert dict(changed.layers) == {"b": LayerChoice(2, 8)}
     assert changed.polish and dict(changed.pruning) == {"g": 0.5}
     assert dict(candidate.layers) == {"a": LayerChoice(4, 8)}
+
+
+def test_a_rounding_is_hashed_where_it_has_an_effect() -> None:
+    def key(weight_bits: int, rounding: str | None) -> str:
+        return Candidate({"a": LayerChoice(weight_bits, 8, rounding=rounding)}).key
+
+    assert len({key(4, name) for name in (None, *ROUNDING_NAMES)}) == 4
+    assert key(16, "adaround") == key(16, None)
+    assert "rounding" not in LayerChoice(4, 8).to_dict()
+    assert LayerChoice(4, 8, rounding="nearest").to_dict()["rounding"] == "nearest"
+    assert str(LayerChoice(4, 8, rounding="adaround")) == "4/8 adaround"
+
+
+@pytest.mark.parametrize("bad", ["nearst", "", 3, True])
+def test_an_unknown_rounding_names_the_layer_and_the_field(bad: Any) -> None:
+    with pytest.raises(CandidateError, match="'a': rounding is .*second-order, adaround"):
+        Candidate.from_dict({"layers": {"a": {"weight_bits": 4, "rounding": bad}}})

@@ -9,7 +9,9 @@ from small_task import LAYERS, SPACE, task
 from autoquant.candidate import Candidate
 from autoquant.result import TrialResult
 from autoquant.search.sensitivity import divergence, predicted, rank_correlation, sensitivity
+from autoquant.search.study import uniform_candidates
 from autoquant.search.trial import Context, prepare, run_trial
+from autoquant.space import Space
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +66,18 @@ def test_the_rank_correlation_needs_three_trials(context: Context, tmp_path: Pat
         results.append(run_trial(context, candidate, index))
     assert np.isnan(rank_correlation(table, context.choices, results[:2]))
     assert -1.0 <= rank_correlation(table, context.choices, results) <= 1.0
+
+
+def test_roundings_of_one_width_have_values_of_their_own(tmp_path: Path) -> None:
+    rule = {"weight_bits": [3, 8], "activation_bits": 8, "rounding": ["nearest", "second-order"]}
+    space = Space.model_validate({"name": "two", "rules": [rule]})
+    context = prepare(task(tmp_path), space=space, latency=False)
+    assert [str(c) for c in context.choices["second"]] == [
+        "3/8 nearest", "3/8 second-order", "8/8 nearest", "8/8 second-order"
+    ]  # fmt: skip
+    nearest, second_order, *_ = sensitivity(context)["second"]
+    assert 0 < second_order < nearest
+    first = uniform_candidates(context.choices)
+    assert len(first) == 4  # each rounding at each width
+    shas = {context.compress(candidate).sha256 for candidate in first}
+    assert len(shas) == 4

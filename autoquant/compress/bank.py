@@ -351,7 +351,7 @@ class Bank:
         0 where there is none, it is damaged or its content is another.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 about = json.loads(file["index"].tobytes())
                 if about["content"] != self.content_key():
                     return 0
@@ -391,8 +391,8 @@ class _Operand:
     Layers that share the weight along one axis share its integers: their moments are averaged,
     with an embedding among them counted as white. Where the layers disagree about the layout,
     there are no moments. The mean of the inputs leaves the moments where a shift of the bias
-    can undo it in every output: not in a transposed convolution with strides, whose outputs
-    see different kernel positions.
+    can undo it in every output: not in a transposed convolution, whose outputs see different
+    kernel positions.
     """
 
     def __init__(self, bank: Bank, layer: Layer) -> None:
@@ -429,9 +429,7 @@ class _Operand:
 
     def _of(self, layer: Layer) -> Moments:
         found = self.found[layer.name]
-        strides = attributes(self.graph.nodes[layer.node]).get("strides", [1])
-        apart = layer.kind == "ConvTranspose" and max(strides) > 1
-        stays = apart or not takes_bias(layer)
+        stays = layer.kind == "ConvTranspose" or not takes_bias(layer)
         mean = np.zeros_like(found.mean) if stays else found.mean
         return Moments(found.second, mean, found.samples)
 
