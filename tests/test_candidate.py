@@ -248,5 +248,5 @@ def test_a_rounding_is_hashed_where_it_has_an_effect() -> None:
 
 @pytest.mark.parametrize("bad", ["nearst", "", 3, True])
 def test_an_unknown_rounding_names_the_layer_and_the_field(bad: Any) -> None:
-    with pytest.raises(CandidateError, match="'a': rounding is .*second-order, adaround"):
+    with pytest.raises(CandidateError, match=r"'a': rounding is .*second-order, adaround"):
         Candidate.from_dict({"layers": {"a": {"weight_bits": 4, "rounding": bad}}})

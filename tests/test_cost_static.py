@@ -116,7 +116,7 @@ def test_the_predicted_size_knows_of_the_rounding_in_the_names(
         candidate = found.resolved(found.uniform(*bits, rounding=rounding))
         artifact = compress(found.graph, candidate, calibrated(name), bank, "onnxruntime")
         predicted = CostModel(found.graph, "onnxruntime", bank=bank).predict(candidate)
-        assert predicted.size_bytes == pytest.approx(artifact.size_bytes, rel=0.002)
+        assert predicted.size_bytes == pytest.approx(artifact.size_bytes, rel=0.006)
         sizes.append(artifact.size_bytes)
     assert sizes[0] < sizes[1]
 

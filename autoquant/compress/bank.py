@@ -13,7 +13,7 @@ import json
 import threading
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -231,6 +231,7 @@ class Bank:
         self._store: dict[Key, QuantizedWeight] = {}
         self._shifted: dict[tuple[str, Key], QuantizedWeight] = {}  # of layers that share a weight
         self.overrides: dict[str, QuantizedWeight] = {}  # by layer, for one candidate
+        self.loaded = 0  # entries that came from files
         self._lock = threading.Lock()
 
     def get(self, layer: Layer, choice: LayerChoice) -> QuantizedWeight:
@@ -254,11 +255,9 @@ class Bank:
         A thread makes all widths of one weight: they share what is derived from its moments.
         """
         jobs: dict[tuple[str, int], dict[tuple[str, Key], Layer]] = defaultdict(dict)
-        for layer, c in choices:
-            if c.weight_bits <= 8 or (c.weight_bits == 16 and c.int16):
-                key = self._key(layer, c)
-                if key not in self._store or self._lacks_shift(layer, key):
-                    jobs[key[:2]][layer.name, key] = layer
+        for layer, key in self._keys(choices):
+            if key not in self._store or self._lacks_shift(layer, key):
+                jobs[key[:2]][layer.name, key] = layer
 
         def run(job: dict[tuple[str, Key], Layer]) -> None:
             operand = _Operand(self, next(iter(job.values())))
@@ -271,6 +270,16 @@ class Bank:
         with ThreadPoolExecutor(max(1, workers)) as pool:
             list(pool.map(run, largest_first))
         return len(self._store), sum(e.values.nbytes for e in self._store.values())
+
+    def lacks(self, choices: Iterable[tuple[Layer, LayerChoice]]) -> bool:
+        """Whether any entry that ``choices`` need is still to be made."""
+        return any(key not in self._store for _, key in self._keys(choices))
+
+    def _keys(self, choices: Iterable[tuple[Layer, LayerChoice]]) -> Iterator[tuple[Layer, Key]]:
+        """The entries of those choices that have one."""
+        for layer, c in choices:
+            if c.weight_bits <= 8 or (c.weight_bits == 16 and c.int16):
+                yield layer, self._key(layer, c)
 
     def _key(self, layer: Layer, choice: LayerChoice) -> Key:
         rounding = choice.rounding or self.rounding
@@ -319,10 +328,14 @@ class Bank:
 
     def content_key(self) -> str:
         """Hash of all that entries follow from: network, moments, roundings and versions."""
-        digest = hashlib.sha256(self.graph.model.SerializeToString(deterministic=True))
         settings = {name: (type(r).__name__, vars(r)) for name, r in ROUNDINGS.items()}
         about = [ALGORITHM, settings, *(version(name) for name in ("numpy", "torch"))]
-        digest.update(repr(about).encode())
+        return hashlib.sha256(repr(about).encode() + self._inputs).hexdigest()
+
+    @cached_property
+    def _inputs(self) -> bytes:
+        """Hash of the network and the moments."""
+        digest = hashlib.sha256(self.graph.model.SerializeToString(deterministic=True))
         moments = self.calibration.moments if self.calibration else {}
         hashed: dict[int, bytes] = {}  # layers may share their moments
         for name, found in sorted(moments.items()):
@@ -331,7 +344,7 @@ class Bank:
                 part.update(np.ascontiguousarray(found.mean).data)
                 hashed[id(found)] = part.digest()
             digest.update(name.encode() + b"\0" + hashed[id(found)])
-        return digest.hexdigest()
+        return digest.digest()
 
     def save(self, path: Path) -> None:
         """Write the entries with their content key as one ``.npz``. Raises OSError."""
@@ -362,6 +375,7 @@ class Bank:
         except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, zlib.error):
             return 0
         with self._lock:
+            self.loaded += len(found.keys() - self._store.keys())
             self._store = {**found, **self._store}
         return len(found)
 

@@ -195,23 +195,22 @@ def _fill(
     say: Say,
 ) -> None:
     """Take what a run folder has of the bank, make the rest, and keep all of it there."""
-    start, kept = time.perf_counter(), 0
+    start, from_own, own = time.perf_counter(), 0, None
     if cache is not None:
-        name = f"bank-{bank.content_key()[:16]}.npz"
-        beside = sorted(cache.parent.glob(f"*/{name}"))
-        for path in dict.fromkeys([cache / name, *beside]):
-            kept = bank.load(path)
-            if kept:
+        own = cache / f"bank-{bank.content_key()[:16]}.npz"
+        from_own = bank.load(own)
+        for path in sorted(cache.parent.glob(f"*/{own.name}")):
+            if not bank.lacks(needed):
                 break
+            bank.load(path)
     entries, size = bank.build(needed, workers)
-    said = (
-        f"weight bank: {entries} entries, {size / 1e6:.1f} MB, {time.perf_counter() - start:.1f} s"
-    )
-    if cache is not None:
-        said += f", {kept} from the cache"
-        if entries > kept or not (cache / name).is_file():
+    took = time.perf_counter() - start
+    said = f"weight bank: {entries} entries, {size / 1e6:.1f} MB, {took:.1f} s"
+    if own is not None:
+        said += f", {bank.loaded} from the cache"
+        if entries > from_own:
             try:
-                bank.save(cache / name)
+                bank.save(own)
             except OSError as error:
                 said += f", not saved ({error.strerror})"
     say(f"{said}, peak memory {peak_memory_mb():,.0f} MB")
