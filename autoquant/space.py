@@ -15,6 +15,7 @@ from autoquant.candidate import (
     ACTIVATION_BITS,
     FLOAT,
     NBITS,
+    ROUNDING_NAMES,
     WEIGHT_BITS,
     LayerChoice,
     block_size,
@@ -42,7 +43,8 @@ class Rule(document.Document):
     Products of two activations (kind ``Product``) are matched where ``kinds`` names them; of
     the rule they take ``activation_bits`` 8 and ``float``. ``granularity`` may be a list: each
     pair then comes with each. Where a kernel has no block scales, a block means ``channel``.
-    ``nbits``: Gemm and MatMul with 2, 4 or 8 bits in blocks run on packed weights.
+    ``nbits``: Gemm and MatMul with 2, 4 or 8 bits in blocks run on packed weights. With several
+    names in ``rounding`` a choice of at most 8 weight bits comes once for each.
     """
 
     layers: str | tuple[str, ...] = "*"
@@ -55,8 +57,17 @@ class Rule(document.Document):
     dynamic: bool = False
     int16: bool = False
     nbits: bool = False
+    rounding: tuple[str, ...] = ()
 
-    @field_validator("weight_bits", "activation_bits", "granularity", mode="before")
+    @field_validator("rounding")
+    @classmethod
+    def _known_roundings(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name not in ROUNDING_NAMES:
+                raise ValueError(f"{name!r} is not one of {', '.join(ROUNDING_NAMES)}")
+        return tuple(dict.fromkeys(value))
+
+    @field_validator("weight_bits", "activation_bits", "granularity", "rounding", mode="before")
     @classmethod
     def _listed(cls, value: object) -> object:
         return (value,) if isinstance(value, int | str) else value
@@ -104,17 +115,19 @@ class Rule(document.Document):
             block = bool(block_size(granularity))
             nbits = self.nbits and is_dense and block and weight in NBITS and activation in (8, 32)
             dynamic = (self.dynamic or nbits) and is_dense and is_int8 and activation == 8
-            found.append(
-                LayerChoice(
-                    weight,
-                    activation,
-                    granularity="channel" if block and is_int8 and not nbits else granularity,
-                    symmetric=self.symmetric,
-                    dynamic=dynamic,
-                    int16=self.int16,
-                    nbits=nbits,
+            for rounding in (self.rounding if weight <= 8 else ()) or (None,):
+                found.append(
+                    LayerChoice(
+                        weight,
+                        activation,
+                        granularity="channel" if block and is_int8 and not nbits else granularity,
+                        symmetric=self.symmetric,
+                        dynamic=dynamic,
+                        int16=self.int16,
+                        nbits=nbits,
+                        rounding=rounding,
+                    )
                 )
-            )
         is_float = self.float_ or (32 in self.weight_bits and 32 in self.activation_bits)
         return tuple(dict.fromkeys([*found, FLOAT] if is_float or not found else found))
 
@@ -136,7 +149,7 @@ class Space(document.Document):
     name: str = ""
     description: str = ""
     calibration: Literal["minmax", "percentile", "mse", "entropy", "downstream"] = "mse"
-    rounding: Literal["nearest", "second-order"] = "second-order"
+    rounding: Literal["nearest", "second-order", "adaround"] = "second-order"
     equalize: bool = False
     smooth: float | None = Field(default=None, ge=0, le=1)
     rules: tuple[Rule, ...] = Field(min_length=1)

@@ -15,7 +15,9 @@ from autoquant.search.sensitivity import (
     rank_correlation,
     sensitivity,
 )
+from autoquant.search.study import uniform_candidates
 from autoquant.search.trial import Context, prepare, run_trial
+from autoquant.space import Space
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +78,18 @@ def test_choices_of_equal_bits_keep_values_of_their_own() -> None:
     channel, block = LayerChoice(4, 32), LayerChoice(4, 32, "block32")
     choices = (LayerChoice(3, 32), channel, block, LayerChoice(8, 32))
     assert _monotone(choices, (0.3, 0.2, 0.1, 0.15)) == (0.3, 0.2, 0.15, 0.15)
+
+
+def test_roundings_of_one_width_have_values_of_their_own(tmp_path: Path) -> None:
+    rule = {"weight_bits": [3, 8], "activation_bits": 8, "rounding": ["nearest", "second-order"]}
+    space = Space.model_validate({"name": "two", "rules": [rule]})
+    context = prepare(task(tmp_path), space=space, latency=False)
+    assert [str(c) for c in context.choices["second"]] == [
+        "3/8 nearest", "3/8 second-order", "8/8 nearest", "8/8 second-order"
+    ]  # fmt: skip
+    nearest, second_order, *_ = sensitivity(context)["second"]
+    assert 0 < second_order < nearest
+    first = uniform_candidates(context.choices)
+    assert len(first) == 4  # each rounding at each width
+    shas = {context.compress(candidate).sha256 for candidate in first}
+    assert len(shas) == 4

@@ -168,6 +168,7 @@ def search(
             threads=settings.threads,
             evaluation_workers=settings.evaluation_threads,
             seed=settings.seed,
+            cache=run.folder,
             say=say,
         )
         _check_predicted(objectives, context)

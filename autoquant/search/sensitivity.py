@@ -96,7 +96,10 @@ def _error(context: Context, layer: Layer, choice: LayerChoice) -> float:
 
 
 def _monotone(choices: Sequence[LayerChoice], values: Sequence[float]) -> tuple[float, ...]:
-    """Fewer bits never look better: running maximum from the widest choice down."""
+    """Fewer bits never look better: running maximum from the widest choice down.
+
+    Each rounding for itself.
+    """
     result = list(values)
     for i, low in enumerate(choices):
         for j, high in enumerate(choices):
@@ -107,7 +110,7 @@ def _monotone(choices: Sequence[LayerChoice], values: Sequence[float]) -> tuple[
                 low.weight_bits,
                 low.activation_bits,
             )
-            if wider and not same:
+            if wider and not same and high.rounding == low.rounding:
                 result[i] = max(result[i], values[j])
     return tuple(result)
 

@@ -89,6 +89,7 @@ def _nearest(choice: LayerChoice, found: Sequence[LayerChoice]) -> LayerChoice:
             c != choice,
             abs(c.weight_bits - choice.weight_bits),
             abs(c.activation_bits - choice.activation_bits),
+            c.rounding != choice.rounding,
         ),
     )
 

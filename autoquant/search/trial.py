@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +27,7 @@ from autoquant.cost.static import block_scale_bytes
 from autoquant.cost.table import PRECISIONS, TableModel, from_profile, measure_device
 from autoquant.errors import AutoquantError, CandidateError
 from autoquant.evaluate import Evaluator
-from autoquant.graph import Graph
+from autoquant.graph import Graph, Layer
 from autoquant.hardware import Hardware, load_hardware
 from autoquant.result import Cost, Score, TrialResult
 from autoquant.runtime import RUNTIMES, OnnxRuntime
@@ -124,13 +125,15 @@ def prepare(
     evaluation_workers: int = 0,
     latency: bool = True,
     seed: int = 0,
+    cache: Path | None = None,
     say: Say = silent,
 ) -> Context:
     """Lower, calibrate, build the bank, score the float network and measure the device.
 
     ``space`` may be one candidate: then only what it needs is made.
     ``evaluation_workers``: batches evaluated at a time, 0 for one a core. ``latency=False``
-    leaves latencies unpredicted. ``say`` hears what is happening. Raises UserError.
+    leaves latencies unpredicted. ``cache``: a run folder that keeps the weight bank; banks in
+    the folders beside it are used too. ``say`` hears what is happening. Raises UserError.
     """
     device = load_hardware(hardware)
     found_space = None if isinstance(space, Candidate) else load_space(space)
@@ -156,16 +159,13 @@ def prepare(
         graph,
         calibration_split,
         method=settings.calibration,
-        moments=ROUNDINGS[settings.rounding].needs_moments,
+        moments=_needs_moments(settings.rounding, choices),
         widths=sorted({8, *(c.activation_bits for found in choices.values() for c in found)}),
         threads=workers,
     )
     bank = Bank(graph, settings.rounding, calibration)
-    start = time.perf_counter()
-    entries, size = bank.build(
-        ((graph.by_name[name], c) for name, found in choices.items() for c in found), workers
-    )
-    say(f"weight bank: {entries} entries, {size / 1e6:.1f} MB, {time.perf_counter() - start:.1f} s")
+    needed = [(graph.by_name[name], c) for name, found in choices.items() for c in found]
+    _fill(bank, needed, workers, cache, say)
     predictor = None
     if latency and device.model is not None:
         predictor = from_profile(device.model, batch, threads)
@@ -200,6 +200,51 @@ def _rescaled(graph: Graph, settings: Space, split: Split, workers: int) -> Grap
         peaks = channel_peaks(graph, split, smoothed_tensors(graph), workers)
         graph = smooth(graph, peaks, settings.smooth)
     return graph
+
+
+def _needs_moments(rounding: str, choices: Mapping[str, Sequence[LayerChoice]]) -> bool:
+    """Whether any weight is rounded against the moments of its layer's inputs."""
+    named = {c.rounding or rounding for found in choices.values() for c in found}
+    return any(ROUNDINGS[name].needs_moments for name in named)
+
+
+def _fill(
+    bank: Bank,
+    needed: Sequence[tuple[Layer, LayerChoice]],
+    workers: int,
+    cache: Path | None,
+    say: Say,
+) -> None:
+    """Take what a run folder has of the bank, make the rest, and keep all of it there."""
+    start, from_own, own = time.perf_counter(), 0, None
+    if cache is not None:
+        own = cache / f"bank-{bank.content_key()[:16]}.npz"
+        from_own = bank.load(own)
+        for path in sorted(cache.parent.glob(f"*/{own.name}")):
+            if not bank.lacks(needed):
+                break
+            bank.load(path)
+    entries, size = bank.build(needed, workers)
+    took = time.perf_counter() - start
+    said = f"weight bank: {entries} entries, {size / 1e6:.1f} MB, {took:.1f} s"
+    if own is not None:
+        said += f", {bank.loaded} from the cache"
+        if entries > from_own:
+            try:
+                bank.save(own)
+            except OSError as error:
+                said += f", not saved ({error.strerror})"
+    say(f"{said}, peak memory {peak_memory_mb():,.0f} MB")
+
+
+def peak_memory_mb() -> float:
+    """The most memory that this process has had resident so far; 0 where the system hides it."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e6 if sys.platform == "darwin" else 1e6 / 1024)
 
 
 def _probe(split: Split, graph: Graph) -> tuple[Array, ...]:
