@@ -281,12 +281,13 @@ def _log_likelihood(output: Any, classes: bool, generator: torch.Generator) -> t
 
     values: torch.Tensor = tree_flatten(output)[0][0]
     if not classes:
-        spread = values.detach().var(unbiased=False).clamp_min(1e-12)
-        elements = values[0].numel()
+        spread = float(values.detach().var(unbiased=False).clamp_min(1e-12))
         random = torch.randn(values.shape, generator=generator)
-        projected: torch.Tensor = (values * random).sum()
-        return projected * float(2 / (elements * spread)) ** 0.5
+        scale = (2 / (values[0].numel() * spread)) ** 0.5
+        projected: torch.Tensor = (values * random).sum() * scale
+        return projected
     flat = values.log_softmax(-1).reshape(-1, values.shape[-1])
     labels = torch.multinomial(flat.detach().exp(), 1, generator=generator)
     positions = flat.shape[0] // values.shape[0]
-    return flat.gather(1, labels).sum() / positions**0.5
+    drawn: torch.Tensor = flat.gather(1, labels).sum() / positions**0.5
+    return drawn

@@ -46,7 +46,7 @@ Table = Mapping[str, tuple[float, ...]]  # layer → divergence of each of its c
 
 AUTO = "auto"
 _FLOOR = 1e-9
-_RATE = 1e10  # multiply-accumulates a second that estimates of time reckon with
+_RATE = 3e10  # multiply-accumulates a second that estimates of time reckon with
 _OPEN = 0.05  # seconds to assemble and open an artifact, likewise
 _PATIENCE = 120.0  # seconds beyond which ``auto`` leaves measuring to those who ask for it
 
