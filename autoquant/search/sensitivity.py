@@ -224,7 +224,7 @@ def measured(request: Request, names: Iterable[str] | None = None, every: bool =
 
     One anchor a layer and activation width is run, in the middle of the weight widths; the
     others follow by the ratio of their errors (`relative_error`). ``every`` runs all choices.
-    Around a base, a layer's own best choice in it is what its values count from.
+    Around a base the anchor is the base's own choice, and values count from the layer's last.
     """
     context = request.context
     runtime = RUNTIMES[context.hardware.runtime]()
@@ -239,8 +239,9 @@ def measured(request: Request, names: Iterable[str] | None = None, every: bool =
     table = {}
     for name in names if names is not None else context.choices:
         choices, layer = context.choices[name], context.graph.by_name[name]
-        floor = 0.0
+        floor, bits = 0.0, 4
         if request.base.layers:
+            bits = request.base.choice(name).weight_bits
             best = Candidate({**request.base.layers, name: choices[-1]})
             floor = divergence(reference, outputs(best), classes)
 
@@ -251,7 +252,9 @@ def measured(request: Request, names: Iterable[str] | None = None, every: bool =
         if every:
             values = [0.0 if c.is_float else found(c) for c in choices]
         else:
-            anchors = {a: found(a) / relative_error(context, layer, a) for a in _anchors(choices)}
+            anchors = {
+                a: found(a) / relative_error(context, layer, a) for a in _anchors(choices, bits)
+            }
             scale = {a.activation_bits: value for a, value in anchors.items()}
             values = [
                 0.0 if c.is_float else scale[c.activation_bits] * relative_error(context, layer, c)
@@ -354,12 +357,12 @@ def _outputs(session: Session, batches: Sequence[tuple[Array, ...]], workers: in
     return np.concatenate([outputs[0] for outputs in found]).astype(np.float64)
 
 
-def _anchors(choices: Sequence[LayerChoice]) -> list[LayerChoice]:
-    """For each activation width a choice in the middle of the weights' widths: low enough to be
-    seen, high enough to be in the linear range."""
+def _anchors(choices: Sequence[LayerChoice], bits: int = 4) -> list[LayerChoice]:
+    """For each activation width the choice nearest to ``bits``: low enough to be seen, high
+    enough to be in the linear range."""
     coded = [c for c in choices if not c.is_float]
     found: dict[int, LayerChoice] = {}
-    for choice in sorted(coded, key=lambda c: abs(c.weight_bits - 4)):
+    for choice in sorted(coded, key=lambda c: abs(c.weight_bits - bits)):
         found.setdefault(choice.activation_bits, choice)
     return list(found.values())
 
