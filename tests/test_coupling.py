@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import NETWORKS, Weights, build, images, network, node
+from small_task import profile, task
 
 from autoquant.candidate import FLOAT, Candidate, LayerChoice
 from autoquant.compress.qdq import plan, resolve
 from autoquant.cost.table import TableModel
 from autoquant.errors import SpaceError
 from autoquant.graph import Graph
+from autoquant.search import SearchSettings, search
 from autoquant.search.coupling import (
     attention_projections,
     boundaries,
+    breaks,
+    conform,
     forbidden_pairs,
     residual_partners,
     tied_groups,
 )
 from autoquant.search.solver import solve_exact
+from autoquant.search.study import read_trials
 from autoquant.space import Space
 
 CHOICES = (LayerChoice(4, 8), LayerChoice(8, 8), FLOAT)
@@ -126,3 +132,31 @@ def test_a_tight_budget_of_boundaries_keeps_precisions_together() -> None:
 
     assert changes(9000.0 + 6 * elements) == 4  # boundaries do not bind: float where it helps most
     assert changes(9000.0 + 3 * elements) == 1
+
+
+def test_a_candidate_is_made_to_conform() -> None:
+    low, high = CHOICES[0], CHOICES[1]
+    choices = {"a": CHOICES, "b": (high, FLOAT), "c": CHOICES}
+    forbidden = [(("a", high), ("c", low)), (("a", high), ("c", high))]
+    free = Candidate({"a": high, "b": high, "c": FLOAT})
+    assert conform(free, choices, [["a", "b"]], forbidden) is free
+    found = conform(Candidate({"a": low, "b": FLOAT, "c": low}), choices, [["a", "b"]], forbidden)
+    assert found == Candidate({"a": high, "b": high, "c": FLOAT})
+    assert not breaks(found.layers, forbidden)
+
+
+def test_a_search_keeps_to_ties_and_forbidden_pairs(tmp_path: Path) -> None:
+    own = space(
+        tie=[["first", "second"]],
+        forbid=[[{"layers": "first", "weight_bits": 8}, {"layers": "head", "weight_bits": 4}]],
+    )
+    settings = SearchSettings(
+        space=own, hardware=profile(), trials=6, name="tied", runs_dir=tmp_path, polish=False
+    )
+    search(task(tmp_path), settings)
+    trials = read_trials(tmp_path / "tied" / "trials.jsonl")
+    assert len(trials) == 6
+    for trial in trials:
+        choice = trial.candidate.choice
+        assert choice("first") == choice("second")
+        assert (choice("first").weight_bits, choice("head").weight_bits) != (8, 4)

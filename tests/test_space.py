@@ -171,3 +171,20 @@ def test_a_space_is_named_after_its_file_unless_it_says(tmp_path: Path) -> None:
 def test_an_unknown_space_offers_what_is_close() -> None:
     with pytest.raises(SpaceError, match="did you mean 'mixed'"):
         load_space("mixd")
+
+
+def test_ties_and_forbidden_pairs_are_read_and_checked(tmp_path: Path) -> None:
+    rules = "rules: [{weight_bits: 8}]\n"
+    found = _space(
+        tmp_path,
+        rules + "tie: [residual, [head, 'block.*']]\n"
+        "forbid: [[{layers: head, weight_bits: 2}, {layers: stem.conv, activation_bits: [4]}]]\n",
+    )
+    assert found.tie == ("residual", ("head", "block.*"))
+    first, second = found.forbid[0]
+    assert first.matches("head", LayerChoice(2, 8)) and not first.matches("head", LayerChoice(3, 8))
+    assert second.matches("stem.conv", LayerChoice(8, 4)) and not second.matches("head", FLOAT)
+    with pytest.raises(SpaceError, match=r"own.yaml:2: tie: 'resdual' is not one of residual, att"):
+        _space(tmp_path, rules + "tie: [resdual]\n")
+    with pytest.raises(SpaceError, match=r"own.yaml:2: forbid.*11 is not one of"):
+        _space(tmp_path, rules + "forbid: [[{weight_bits: 11}, {layers: a}]]\n")

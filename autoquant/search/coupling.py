@@ -5,15 +5,16 @@ from __future__ import annotations
 import functools
 import operator
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from autoquant.candidate import FLOAT, LayerChoice
+from autoquant.candidate import FLOAT, Candidate, LayerChoice
 from autoquant.compress.qdq import _JOINS, _MOVES, _POOLS, INT8_KINDS, _unit_end, mode
 from autoquant.cost.table import TableModel
 from autoquant.errors import SpaceError
 from autoquant.graph import Graph, Layer
-from autoquant.search.solver import Boundary, Choices, shared_choices
+from autoquant.search.solver import Boundary, Choices, Forbidden, Ties, shared_choices
 from autoquant.space import Space
 
 _THROUGH = ("Relu", "Clip", "Add")  # a sum goes on through these
@@ -103,6 +104,54 @@ def forbidden_pairs(
                 )
         found += [(a, b) for a in first for b in second if a[0] != b[0]]
     return tuple(dict.fromkeys(found))
+
+
+def conform(
+    candidate: Candidate, choices: Choices, tied: Ties = (), forbidden: Forbidden = ()
+) -> Candidate:
+    """The candidate as ties and forbidden pairs allow it; itself where it keeps to them.
+
+    A tied group takes its first layer's choice, or the nearest that all of it has. Of a
+    forbidden pair the second layer takes the next of its choices that breaks none, upwards
+    first. Where no choice of a pair's second layer helps, the pair stays.
+    """
+    layers = dict(candidate.layers)
+    groups = {name: tuple(group) for group in tied for name in group}
+    for group in dict.fromkeys(groups.values()):
+        wanted = candidate.choice(group[0])
+        found = nearest_choice(wanted, shared_choices(choices, group))
+        layers.update(dict.fromkeys(group, found))
+    for (first, low), (second, high) in forbidden:
+        if layers.get(first, FLOAT) != low or layers.get(second, FLOAT) != high:
+            continue
+        group = groups.get(second, (second,))
+        shared = shared_choices(choices, group)
+        start = shared.index(high)
+        moves = [
+            {**layers, **dict.fromkeys(group, c)} for c in (*shared[start + 1 :], *shared[:start])
+        ]
+        layers = next((moved for moved in moves if not breaks(moved, forbidden)), layers)
+    return candidate.normalized(layers) if layers != candidate.layers else candidate
+
+
+def breaks(layers: Mapping[str, LayerChoice], forbidden: Forbidden) -> bool:
+    """Whether choices by layer are a forbidden pair (layers left out are float)."""
+    return any(
+        layers.get(first, FLOAT) == low and layers.get(second, FLOAT) == high
+        for (first, low), (second, high) in forbidden
+    )
+
+
+def nearest_choice(wanted: LayerChoice, offered: Sequence[LayerChoice]) -> LayerChoice:
+    """The choice itself, or that of the nearest bits."""
+    return min(
+        offered,
+        key=lambda c: (
+            abs(c.weight_bits - wanted.weight_bits),
+            abs(c.activation_bits - wanted.activation_bits),
+            c != wanted,
+        ),
+    )
 
 
 def _owners(graph: Graph) -> dict[int, Layer]:

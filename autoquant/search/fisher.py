@@ -74,7 +74,7 @@ def fisher_errors(
         for batch in rebatch([tuple(a[:SAMPLES] for a in context.probe)], _ROWS):
             tape.calls.clear()
             with torch.enable_grad():
-                output = copied(*_leaves(batch, copied))
+                output = copied(*map(torch.from_numpy, batch))
                 loss = _log_likelihood(output, context.evaluator.metric == "top1", generator)
                 loss.backward()  # type: ignore[no-untyped-call]
             samples += batch[0].shape[0]
@@ -166,16 +166,21 @@ class _Tape:
                 for part in _parts(choice)
             }
 
-    def record(self, module: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        """The n-th call of a module is the n-th layer that shares its weight."""
+    def record(self, module: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+        """The n-th call of a module is the n-th layer that shares its weight.
+
+        No weight or input asks for gradients: they start at the first layers' outputs.
+        """
         import torch
 
         if not torch.is_grad_enabled() or not isinstance(output, torch.Tensor):
-            return
+            return output
         uses, index = self.layers[module], self.calls[module]
         self.calls[module] += 1
-        if index >= len(uses) or not output.requires_grad or len(inputs) != 1:
-            return
+        if index >= len(uses) or len(inputs) != 1:
+            return output
+        if not output.requires_grad:
+            output = output.detach().requires_grad_() + 0  # may be changed in place
         found, x = uses[index], inputs[0].detach()
         version = x._version
 
@@ -189,7 +194,8 @@ class _Tape:
                     error = 0.5 * (gap.square_() * weight).sum(dtype=torch.float64).item()
                     self.sums[found.layer.name][part] += error
 
-        output.register_hook(add)  # type: ignore[no-untyped-call]
+        output.register_hook(add)
+        return output
 
 
 def _gap(found: _Matched, x: torch.Tensor, change: _Change) -> torch.Tensor:
@@ -253,22 +259,6 @@ def _change(context: Context, found: _Matched, part: Part) -> _Change:
         weight=torch.from_numpy(np.ascontiguousarray(scaled, dtype=np.float32)),
         shift=None if shift is None else torch.from_numpy((shift * inverse).astype(np.float32)),
     )
-
-
-def _leaves(batch: tuple[Array, ...], module: torch.nn.Module) -> list[torch.Tensor]:
-    """A batch as tensors that gradients start from; indices start at the weights they look up."""
-    import torch
-
-    leaves = [torch.from_numpy(array) for array in batch]
-    floats = [leaf for leaf in leaves if leaf.is_floating_point()]
-    for leaf in floats:
-        leaf.requires_grad_()
-    if len(floats) < len(leaves):
-        for part in module.modules():
-            if isinstance(part, torch.nn.Embedding):
-                part.weight.requires_grad_()
-                part.weight.grad = None
-    return [leaf + 0 if leaf.requires_grad else leaf for leaf in leaves]  # may change in place
 
 
 def _log_likelihood(output: Any, classes: bool, generator: torch.Generator) -> torch.Tensor:

@@ -8,7 +8,10 @@ layers and forbidden pairs, in seconds at most.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -213,13 +216,14 @@ def solve_exact(
     matrix = coo_array(
         (programme.values, (programme.rows, programme.columns)), (len(programme.upper), count)
     )
-    found = milp(
-        np.array(programme.objective),
-        constraints=_constraint(matrix.tocsr(), programme.lower, programme.upper),
-        integrality=(np.arange(count) < programme.binaries).astype(np.int64),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": GAP, "time_limit": seconds},
-    )
+    with _quiet():
+        found = milp(
+            np.array(programme.objective),
+            constraints=_constraint(matrix.tocsr(), programme.lower, programme.upper),
+            integrality=(np.arange(count) < programme.binaries).astype(np.int64),
+            bounds=Bounds(0, 1),
+            options={"mip_rel_gap": GAP, "time_limit": seconds},
+        )
     if found.x is None:
         return None
     return Candidate(
@@ -230,6 +234,24 @@ def solve_exact(
             )
         }
     )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """HiGHS prints lines of its own debugging to the process's stdout, which is for data."""
+    import ctypes
+
+    sys.stdout.flush()
+    saved, null = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 1)
+        yield
+    finally:
+        with contextlib.suppress(OSError, TypeError, AttributeError):  # C's buffer, not Python's
+            ctypes.CDLL(None).fflush(None)
+        os.dup2(saved, 1)
+        os.close(saved)
+        os.close(null)
 
 
 def _constraint(matrix: Any, lower: Sequence[float], upper: Sequence[float]) -> LinearConstraint:

@@ -28,6 +28,7 @@ from autoquant.graph import Graph
 from autoquant.hardware import Hardware, load_hardware
 from autoquant.result import Cost, Score, TrialResult
 from autoquant.runtime import RUNTIMES, OnnxRuntime
+from autoquant.search.coupling import forbidden_pairs, tied_groups
 from autoquant.space import Rule, Space, load_space
 from autoquant.task import Array, Split, Task, to_numpy
 
@@ -64,7 +65,8 @@ class Context:
 
     ``sample``: up to eight calibration inputs. ``probe``: calibration inputs to compare
     outputs on; images are mixed in pairs, since networks know their training images.
-    ``inputs``: the calibration batches, which polishing runs.
+    ``inputs``: the calibration batches, which polishing runs. ``tied``: groups of layers that
+    take one choice; ``forbidden``: pairs of (layer, choice) that exclude each other.
     """
 
     graph: Graph
@@ -79,6 +81,8 @@ class Context:
     sample: tuple[Array, ...]
     probe: tuple[Array, ...]
     inputs: tuple[tuple[Array, ...], ...]
+    tied: tuple[tuple[str, ...], ...] = ()
+    forbidden: tuple[tuple[tuple[str, LayerChoice], tuple[str, LayerChoice]], ...] = ()
 
     def compress(self, candidate: Candidate) -> Artifact:
         """The candidate's artifact, in this context's dialect; polished if it says so."""
@@ -166,6 +170,8 @@ def prepare(
     cost = CostModel(graph, device.dialect, predictor, bank)
     baseline = cost.predict(resolve(graph, Candidate()))
     return Context(
+        tied=tied_groups(graph, settings, choices),
+        forbidden=forbidden_pairs(settings, graph, choices),
         graph=graph,
         calibration=calibration.without_moments(),
         bank=bank,
