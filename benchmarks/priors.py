@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from record import record
+from record import RESULTS, record
 
 from autoquant.candidate import FLOAT, Candidate, LayerChoice
 from autoquant.runtime import OnnxRuntime
@@ -207,12 +207,11 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", default=list(CASES))
     options = parser.parse_args()
     solver = exact()
-    found = {}
-    for case in options.cases:
+    path = RESULTS / "priors.json"
+    found = json.loads(path.read_text())["networks"] if path.is_file() else {}
+    for case in options.cases:  # each is kept as soon as it is there
         found[case] = measure(case)
-
-    whole = list(options.cases) == list(CASES)
-    record("priors", {"networks": found, "exact": solver}, write=whole)
+        record("priors", {"networks": found, "exact": solver})
 
 
 if __name__ == "__main__":
