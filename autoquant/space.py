@@ -22,6 +22,8 @@ from autoquant.candidate import (
 )
 from autoquant.errors import CandidateError, SpaceError
 
+TIES = ("residual", "attention")
+
 
 class NamedLayer(Protocol):
     """What a space needs of a layer."""
@@ -139,11 +141,46 @@ def _known(value: tuple[int, ...], valid: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted(set(value)))
 
 
+class Side(document.Document):
+    """Choices of some layers: those with one of these widths (empty: any)."""
+
+    layers: str | tuple[str, ...] = "*"
+    weight_bits: tuple[int, ...] = ()
+    activation_bits: tuple[int, ...] = ()
+
+    @field_validator("weight_bits", "activation_bits", mode="before")
+    @classmethod
+    def _listed(cls, value: object) -> object:
+        return (value,) if isinstance(value, int) else value
+
+    @field_validator("weight_bits")
+    @classmethod
+    def _known_weights(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        return _known(value, WEIGHT_BITS)
+
+    @field_validator("activation_bits")
+    @classmethod
+    def _known_activations(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        return _known(value, ACTIVATION_BITS)
+
+    def matches(self, layer: str, choice: LayerChoice) -> bool:
+        """Whether a choice of a layer is meant (shell patterns over the name)."""
+        patterns = (self.layers,) if isinstance(self.layers, str) else self.layers
+        return (
+            any(fnmatchcase(layer, pattern) for pattern in patterns)
+            and (not self.weight_bits or choice.weight_bits in self.weight_bits)
+            and (not self.activation_bits or choice.activation_bits in self.activation_bits)
+        )
+
+
 class Space(document.Document):
     """What a search may choose: for each layer the last rule that matches it decides.
 
     A layer that no rule matches stays float. ``equalize`` and ``smooth`` (its alpha, 0 to 1)
-    rescale the float network before it is calibrated; its outputs stay.
+    rescale the float network before it is calibrated; its outputs stay. ``tie``: groups of layers
+    that take the same choice: ``residual`` (layers whose outputs meet in an Add), ``attention``
+    (products that read one tensor) or lists of patterns. ``forbid``: pairs of choices that exclude
+    each other.
     """
 
     name: str = ""
@@ -153,6 +190,18 @@ class Space(document.Document):
     equalize: bool = False
     smooth: float | None = Field(default=None, ge=0, le=1)
     rules: tuple[Rule, ...] = Field(min_length=1)
+    tie: tuple[str | tuple[str, ...], ...] = ()
+    forbid: tuple[tuple[Side, Side], ...] = ()
+
+    @field_validator("tie")
+    @classmethod
+    def _known_ties(
+        cls, value: tuple[str | tuple[str, ...], ...]
+    ) -> tuple[str | tuple[str, ...], ...]:
+        for item in value:
+            if isinstance(item, str) and item not in TIES:
+                raise ValueError(f"{item!r} is not one of {', '.join(TIES)} or a list of patterns")
+        return value
 
     def choices(self, layers: Iterable[NamedLayer]) -> dict[str, tuple[LayerChoice, ...]]:
         """Layer name → its choices in order. Raises SpaceError for a pattern without a layer."""

@@ -241,3 +241,20 @@ def test_a_space_takes_adaround_and_refuses_what_is_no_rounding(tmp_path: Path) 
         _space(tmp_path, "rounding: best\nrules: [{weight_bits: 4}]")
     with pytest.raises(SpaceError, match="'best' is not one of nearest, second-order, adaround"):
         _space(tmp_path, "rules: [{weight_bits: 4, rounding: best}]")
+
+
+def test_ties_and_forbidden_pairs_are_read_and_checked(tmp_path: Path) -> None:
+    rules = "rules: [{weight_bits: 8}]\n"
+    found = _space(
+        tmp_path,
+        rules + "tie: [residual, [head, 'block.*']]\n"
+        "forbid: [[{layers: head, weight_bits: 2}, {layers: stem.conv, activation_bits: [4]}]]\n",
+    )
+    assert found.tie == ("residual", ("head", "block.*"))
+    first, second = found.forbid[0]
+    assert first.matches("head", LayerChoice(2, 8)) and not first.matches("head", LayerChoice(3, 8))
+    assert second.matches("stem.conv", LayerChoice(8, 4)) and not second.matches("head", FLOAT)
+    with pytest.raises(SpaceError, match=r"own.yaml:2: tie: 'resdual' is not one of residual, att"):
+        _space(tmp_path, rules + "tie: [resdual]\n")
+    with pytest.raises(SpaceError, match=r"own.yaml:2: forbid.*11 is not one of"):
+        _space(tmp_path, rules + "forbid: [[{weight_bits: 11}, {layers: a}]]\n")

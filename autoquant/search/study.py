@@ -17,6 +17,7 @@ from autoquant.candidate import FLOAT, Candidate, LayerChoice
 from autoquant.errors import CandidateError, RunError, nearest
 from autoquant.front import Front, members_of
 from autoquant.result import TrialResult
+from autoquant.search.coupling import conform
 from autoquant.search.executor import Executor
 from autoquant.search.trial import Context, run_trial
 
@@ -244,7 +245,11 @@ class Study:
         layers = dict(self.fixed)
         for name, choices in self.free.items():
             layers[name] = choices[trial.suggest_int(name, 0, len(choices) - 1)]
-        return Candidate({name: layers[name] for name in self.context.choices})
+        return self._allowed(Candidate({name: layers[name] for name in self.context.choices}))
+
+    def _allowed(self, candidate: Candidate) -> Candidate:
+        context = self.context
+        return conform(candidate, context.choices, context.tied, context.forbidden)
 
     def _params(self, candidate: Candidate) -> dict[str, int]:
         return {n: list(c).index(candidate.choice(n)) for n, c in self.free.items()}
@@ -260,7 +265,7 @@ class Study:
             moves = min(len(names), 1 + attempt // 20)
             for name in self.random.sample(names, moves):
                 layers[name] = self.random.choice(self.free[name])
-            candidate = Candidate(layers)
+            candidate = self._allowed(Candidate(layers))
             if candidate.key not in self.seen and all(
                 layers[n] in c for n, c in self.context.choices.items()
             ):

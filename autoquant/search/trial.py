@@ -31,6 +31,7 @@ from autoquant.graph import Graph, Layer
 from autoquant.hardware import Hardware, load_hardware
 from autoquant.result import Cost, Score, TrialResult
 from autoquant.runtime import RUNTIMES, OnnxRuntime
+from autoquant.search.coupling import forbidden_pairs, tied_groups
 from autoquant.space import Rule, Space, load_space
 from autoquant.task import Array, Split, Task, to_numpy
 
@@ -69,6 +70,8 @@ class Context:
     outputs on; images are mixed in pairs, since networks know their training images.
     ``inputs``: the calibration batches, which polishing runs. ``original``: the float network as
     it came; ``graph`` is what the space's rescalings made of it, and computes the same.
+    ``tied``: groups of layers that take one choice; ``forbidden``: pairs of (layer, choice) that
+    exclude each other.
     """
 
     original: Graph
@@ -84,6 +87,8 @@ class Context:
     sample: tuple[Array, ...]
     probe: tuple[Array, ...]
     inputs: tuple[tuple[Array, ...], ...]
+    tied: tuple[tuple[str, ...], ...] = ()
+    forbidden: tuple[tuple[tuple[str, LayerChoice], tuple[str, LayerChoice]], ...] = ()
 
     def compress(self, candidate: Candidate) -> Artifact:
         """The candidate's artifact, in this context's dialect; polished if it says so."""
@@ -177,6 +182,8 @@ def prepare(
     baseline = cost.predict(resolve(graph, Candidate()))
     return Context(
         original=original,
+        tied=tied_groups(graph, settings, choices),
+        forbidden=forbidden_pairs(settings, graph, choices),
         graph=graph,
         calibration=calibration.without_moments(),
         bank=bank,
