@@ -42,7 +42,7 @@ from autoquant.front import Front
 from autoquant.result import COST_NAMES, STATUSES, TrialResult
 from autoquant.search import SearchSettings, search
 from autoquant.search import trial as trials
-from autoquant.search.study import Callback, read_trials
+from autoquant.search.study import Callback, Study, read_trials
 from autoquant.space import Space
 from autoquant.task import Array
 
@@ -529,6 +529,25 @@ def test_ctrl_c_inside_a_trial_ends_with_the_front_so_far(
     breaks(monkeypatch, lambda c: c == uniform(2), KeyboardInterrupt())  # type: ignore[arg-type]
     front = search(task(tmp_path), settings(tmp_path))
     assert front.trials == 3 and front.members
+
+
+def test_ctrl_c_between_a_line_and_its_use_loses_no_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Study._write
+
+    def interrupted(study: Study, result: TrialResult) -> None:
+        whole(study, result)
+        if len(study.results) == 3:
+            study.results.pop()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Study, "_write", interrupted)
+    front = search(task(tmp_path), settings(tmp_path))
+    assert front.trials == len(lines(tmp_path)) == 3
+    monkeypatch.undo()
+    again = search(task(tmp_path), settings(tmp_path, resume=True))
+    assert again.trials == len({t["key"] for t in lines(tmp_path)}) == 8
 
 
 def test_a_timeout_before_the_first_trial_leaves_no_member(tmp_path: Path) -> None:

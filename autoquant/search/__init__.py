@@ -37,7 +37,13 @@ from autoquant.runtime import RUNTIMES, describe, measure
 from autoquant.search import executor as executors
 from autoquant.search.sensitivity import sensitivity
 from autoquant.search.solver import curve
-from autoquant.search.study import Callback, Study, StudySettings, uniform_candidates
+from autoquant.search.study import (
+    Callback,
+    Study,
+    StudySettings,
+    read_trials,
+    uniform_candidates,
+)
 from autoquant.search.trial import (
     Context,
     Limits,
@@ -197,13 +203,14 @@ def search(
     for callback in callbacks:
         callback.start(run.content, layers, tuple(study.results))
     _trials(study, context, settings, objectives, callbacks, say)
-    front = _front(task, settings, context, study.results, objectives, run, say)
+    results = read_trials(study.path)  # the record: Ctrl-C may come between a line and its use
+    front = _front(task, settings, context, results, objectives, run, say)
     front = replace(front, seconds=run.seconds + time.perf_counter() - started)
     write_json(run.folder / "front.json", front.to_dict())
     for callback in callbacks:
         callback.finish(front)
     if not front.members:
-        raise NoFeasibleMember(_why_none(run.name, study.results))
+        raise NoFeasibleMember(_why_none(run.name, results))
     return front
 
 
