@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 
 from autoquant.errors import ModelError, TaskError, nearest
-from autoquant.graph import Graph, Layer, attributes
+from autoquant.graph import PRODUCT, Graph, Layer, attributes
 from autoquant.runtime import OnnxRuntime, OnnxSession
 from autoquant.task import Array, Split
 
@@ -131,17 +131,73 @@ class Moments:
     """Second moments of what a layer's weights multiply.
 
     ``second``: E[x xᵀ], shape (groups, K, K); ``mean``: E[x], shape (groups, K); K is the
-    inputs of one output (k·k·I/g for a convolution). ``samples``: positions seen.
+    inputs of one output (k·k·I/g for a convolution, I/g for a transposed one, whose kernel
+    positions all see the same vectors). ``samples``: positions seen. What is derived from
+    them is kept with them.
+
+    They fit a (channels, n) weight in two ways. With n = K each channel belongs to one group,
+    group by group. Otherwise every channel has n / K vectors that share its scale: for each
+    group, ``taps`` of them.
     """
 
     second: Array
     mean: Array
     samples: int
+    kept: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def centred(self) -> Array:
-        """Covariance: E[x xᵀ] − E[x] E[x]ᵀ, shape (groups, K, K)."""
-        outer: Array = self.mean[:, :, None] * self.mean[:, None, :]
-        return self.second - outer
+        """Covariance E[x xᵀ] − E[x] E[x]ᵀ, shape (groups, K, K); do not write to it.
+
+        The rows and columns of an input whose variance is lost in float32 rounding (below a
+        millionth of its square) are zero: it is a constant.
+        """
+        if "centred" not in self.kept:
+            found = self.mean[:, :, None] * self.mean[:, None, :]
+            np.subtract(self.second, found, out=found)
+            square = np.einsum("gkk->gk", self.second)
+            constant = np.einsum("gkk->gk", found) <= 1e-6 * square
+            if constant.any():
+                for group, unused in zip(found, constant, strict=True):
+                    group[unused] = 0.0
+                    group[:, unused] = 0.0
+            self.kept["centred"] = found
+        kept: Array = self.kept["centred"]
+        return kept
+
+    def taps(self, weight: Array) -> int:
+        """Vectors of each channel in each group; 0 where a channel is one vector of one group."""
+        groups, inputs = self.mean.shape
+        return 0 if weight.shape[1] == inputs else weight.shape[1] // (groups * inputs)
+
+    def split(self, weight: Array) -> Array:
+        """A (channels, n) weight as (groups, rows, K): the rows are what multiplies inputs."""
+        groups, inputs = self.mean.shape
+        if weight.shape[1] == inputs or groups == 1:
+            return weight.reshape(groups, -1, inputs)
+        rows = np.moveaxis(weight.reshape(len(weight), groups, -1, inputs), 1, 0)
+        return rows.reshape(groups, -1, inputs)
+
+    def join(self, rows: Array, weight: Array) -> Array:
+        """Undo `split`: (groups, rows, K) in the shape of ``weight``."""
+        groups, inputs = self.mean.shape
+        if weight.shape[1] == inputs or groups == 1:
+            return rows.reshape(weight.shape)
+        parts = rows.reshape(groups, len(weight), -1, inputs)
+        return np.moveaxis(parts, 0, 1).reshape(weight.shape)
+
+    def by_row(self, channels: Array, weight: Array) -> Array:
+        """One value a channel of ``weight`` → one a row of `split`, (groups, rows)."""
+        groups, inputs = self.mean.shape
+        if weight.shape[1] == inputs:
+            return channels.reshape(groups, -1)
+        return np.tile(np.repeat(channels, self.taps(weight)), (groups, 1))
+
+    def by_channel(self, rows: Array, weight: Array) -> Array:
+        """One value a row of `split`, (groups, rows) → their sum for each channel."""
+        if weight.shape[1] == self.mean.shape[1]:
+            return rows.reshape(-1)
+        summed: Array = rows.reshape(len(rows), len(weight), -1).sum(axis=(0, 2))
+        return summed
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +260,7 @@ def calibrate(
     judges: dict[str, _Downstream] = {}
     if method == "downstream":
         judges = {n: _Downstream(graph, n, split) for n in histograms if _readers(graph, n)}
+    distinct = list({id(s): s for s in sums.values()}.values())
     outputs: list[list[Array]] = []
     per_sample = 4 * sum(graph.tensors[n].elements for n in tensors)
     rows = max(1, min(256, _BATCH_BYTES // max(1, per_sample)))
@@ -224,7 +281,7 @@ def calibrate(
                 raise ModelError(
                     f"tensor {name!r} is NaN or infinite on the {split.name} data"
                 ) from None
-        for total in {id(s): s for s in sums.values()}.values():
+        for total in distinct:
             total.add(found[total.columns.layer.input])
         for name, judge in judges.items():
             judge.add(found[name])
@@ -236,8 +293,9 @@ def calibrate(
         for bits in widths
         if bits <= 8
     }
-    results = {name: s.result() for name, s in sums.items()}
-    return Calibration(histograms, results, by_output, samples, method, ranges)
+    results = {id(total): total.result() for total in distinct}
+    by_layer = {name: results[id(total)] for name, total in sums.items()}
+    return Calibration(histograms, by_layer, by_output, samples, method, ranges)
 
 
 def channel_peaks(
@@ -312,6 +370,9 @@ class Columns:
         kernel = layer.weight_shape[2:] if not dense else ()
         self.key = f"{layer.input} {layer.group} {kernel} {dense or self.attributes}"
         self.inputs = layer.weight_shape[1 - layer.channel_axis] * int(np.prod(kernel))
+        if layer.kind == "ConvTranspose":
+            self.key = f"{layer.input} {layer.group} transposed"
+            self.inputs = layer.weight_shape[0] // layer.group
         self.share = max(64 * self.inputs, _POSITIONS) / max(1, rows)  # positions a sample
 
     def __call__(self, values: Array) -> Any:
@@ -327,25 +388,38 @@ class _MomentSum:
 
     def __init__(self, columns: Columns) -> None:
         self.columns = columns
-        self.second: Array | float = 0.0
-        self.mean: Array | float = 0.0
+        self.second: Array = np.zeros(())
+        self.mean: Array = np.zeros(())
         self.count = 0
 
     def add(self, values: Array) -> None:
         columns = self.columns(values)
-        self.second = self.second + (columns @ columns.transpose(1, 2)).double().numpy()
-        self.mean = self.mean + columns.sum(2).double().numpy()
+        second = (columns @ columns.transpose(1, 2)).double().numpy()
+        mean = columns.sum(2).double().numpy()
+        if self.count:
+            self.second += second
+            self.mean += mean
+        else:
+            self.second, self.mean = second, mean
         self.count += columns.shape[2]
 
     def result(self) -> Moments:
-        count = max(1, self.count)
-        return Moments(np.asarray(self.second) / count, np.asarray(self.mean) / count, self.count)
+        """The means; once, since the sums become them. Raises ModelError."""
+        self.second /= max(1, self.count)
+        self.mean /= max(1, self.count)
+        if not np.isfinite(self.second).all():
+            raise ModelError(
+                f"layer {self.columns.layer.name!r}: the squares of its inputs overflow on the "
+                "calibration data"
+            )
+        return Moments(self.second, self.mean, self.count)
 
 
 def _readers(graph: Graph, tensor: str) -> list[Layer]:
-    """Layers that multiply a tensor."""
+    """Layers that multiply a tensor with a weight."""
     found = [graph.by_node.get(index) for index in graph.consumers.get(tensor, ())]
-    return [x for x in found if x is not None and x.input == tensor and x.kind != "Gather"]
+    kinds = ("Gather", PRODUCT)
+    return [x for x in found if x is not None and x.input == tensor and x.kind not in kinds]
 
 
 class _Downstream:
@@ -451,7 +525,8 @@ def _columns(layer: Layer, found: dict[str, Any], x: Any, most: int) -> Any:
     n, group = x.shape[0], layer.group
     if layer.kind == "ConvTranspose":
         columns = x.reshape(n, group, x.shape[1] // group, -1)
-        return columns.permute(1, 2, 0, 3).flatten(2)
+        step = max(1, n * columns.shape[3] // most) | 1  # odd: does not alias with even widths
+        return columns[..., ::step].permute(1, 2, 0, 3).flatten(2)
     rank = x.ndim - 2
     kernel = list(layer.weight_shape[2:])
     strides = list(found.get("strides", [1] * rank))

@@ -17,6 +17,7 @@ from autoquant.errors import CandidateError, nearest
 WEIGHT_BITS = (2, 3, 4, 5, 6, 7, 8, 16, 32)
 ACTIVATION_BITS = (4, 6, 8, 16, 32)
 GRANULARITIES = ("channel", "tensor", "block32", "block64", "block128")
+ROUNDING_NAMES = ("nearest", "second-order", "adaround")
 NBITS = (2, 4, 8)  # weight bits that MatMulNBits runs
 
 
@@ -40,6 +41,7 @@ class LayerChoice:
     ``nbits``: the kernel reads the packed weights, 2, 4 or 8 bits in blocks (Gemm and MatMul,
     onnxruntime's MatMulNBits): fast for few rows. It computes in float, or with
     ``activation_bits`` 8 in integers, each block of the input on a grid taken at run time.
+    ``rounding``: how weights of at most 8 bits are rounded; None: as the search space says.
     """
 
     weight_bits: int = 32
@@ -49,6 +51,7 @@ class LayerChoice:
     dynamic: bool = False
     int16: bool = False
     nbits: bool = False
+    rounding: str | None = None
 
     def __post_init__(self) -> None:
         for name, valid in (
@@ -59,6 +62,10 @@ class LayerChoice:
             value = getattr(self, name)
             if type(value) is not type(valid[0]) or value not in valid:
                 raise CandidateError(f"{name} is {value!r}; it can be {', '.join(map(str, valid))}")
+        if self.rounding is not None and self.rounding not in ROUNDING_NAMES:
+            raise CandidateError(
+                f"rounding is {self.rounding!r}; it can be {', '.join(ROUNDING_NAMES)}"
+            )
         for name in ("symmetric", "dynamic", "int16", "nbits"):
             if not isinstance(getattr(self, name), bool):
                 raise CandidateError(f"{name} is {getattr(self, name)!r}; it can be true, false")
@@ -122,6 +129,7 @@ class LayerChoice:
         extra = [self.granularity] if self.granularity != "channel" else []
         flags = ("symmetric", "dynamic", "int16", "nbits")
         extra += [name for name in flags if getattr(self, name)]
+        extra += [self.rounding] if self.rounding else []
         return " ".join([f"{self.weight_bits}/{self.activation_bits}", *extra])
 
 
@@ -147,7 +155,11 @@ class Candidate:
     def key(self) -> str:
         """16 hex digits over what has an effect: float layers and empty parts do not count."""
         document = self.to_dict()
-        document["layers"] = {n: c.to_dict() for n, c in self.layers.items() if not c.is_float}
+        document["layers"] = {
+            n: (replace(c, rounding=None) if c.weight_bits > 8 else c).to_dict()
+            for n, c in self.layers.items()
+            if not c.is_float
+        }
         document["pruning"] = {n: r for n, r in self.pruning.items() if r}
         document["training"] = document["training"] or None
         text = json.dumps(document, sort_keys=True, separators=(",", ":"))

@@ -318,11 +318,24 @@ def compress(
 
 
 @app.command()
-def inspect(task: TaskArgument = "mnist", data: Data = None, as_json: Json = False) -> None:
-    """Show the layers of a task's network."""
+def inspect(
+    task: TaskArgument = "mnist",
+    data: Data = None,
+    space: Annotated[
+        str, typer.Option(metavar="NAME|FILE", help="whose choices sensitivity is about")
+    ] = "mixed",
+    sensitivity: Annotated[
+        bool,
+        typer.Option(
+            "--sensitivity/--no-sensitivity", help="what low bits cost each layer; default on"
+        ),
+    ] = True,
+    as_json: Json = False,
+) -> None:
+    """Show the layers of a task's network: shapes, MACs, sensitivity."""
     from autoquant import api
 
-    found = api.inspect(task, data)
+    found = api.inspect(task, data, sensitivity=sensitivity, space=space, progress=True)
     if as_json:
         _print_json(found)
         return

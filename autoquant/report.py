@@ -107,7 +107,8 @@ def layers_table(layers: Sequence[Record]) -> Table:
     """The layers of a network, in the order given, with their shapes, MACs and parameters.
 
     Keys read: name, kind, weight_shape, input_shape, output_shape, macs, parameters; a missing
-    one shows as a dash.
+    one shows as a dash. Where layers have a ``sensitivity``, a column shows it at the choice
+    nearest to 4 bits.
     """
     from rich import box
     from rich.table import Table
@@ -119,6 +120,9 @@ def layers_table(layers: Sequence[Record]) -> Table:
         table.add_column(heading, overflow="fold")
     for heading in ("MACs", "parameters"):
         table.add_column(heading, justify="right", no_wrap=True)
+    low = _low_choice(layers)
+    if low is not None:
+        table.add_column(f"at {low}", justify="right", no_wrap=True)
     for layer in layers:
         cells = [
             str(layer.get("name", _MISSING)),
@@ -127,12 +131,27 @@ def layers_table(layers: Sequence[Record]) -> Table:
             _count(layer.get("macs")),
             _count(layer.get("parameters")),
         ]
+        if low is not None:
+            value = layer.get("sensitivity", {}).get(low)
+            cells.append(_MISSING if value is None else f"{value:.1e}")
         table.add_row(*map(Text, cells))
     macs, parameters = (_total(layers, key) for key in ("macs", "parameters"))
     table.caption = Text(
         f"{len(layers)} layers · {_count(macs)} MACs · {_count(parameters)} parameters"
     )
     return table
+
+
+def _low_choice(layers: Sequence[Record]) -> str | None:
+    """The choice nearest to 4 bits among those that most layers' sensitivity has."""
+    counts = Counter(choice for layer in layers for choice in layer.get("sensitivity", {}))
+    coded = [c for c in counts if c[:1].isdigit()]
+    most = max((counts[c] for c in coded), default=0)
+    return min(
+        (c for c in coded if counts[c] == most),
+        key=lambda c: (abs(int(c.partition("/")[0]) - 4), c),
+        default=None,
+    )
 
 
 # -- MLflow --------------------------------------------------------------------------------

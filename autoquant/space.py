@@ -15,11 +15,14 @@ from autoquant.candidate import (
     ACTIVATION_BITS,
     FLOAT,
     NBITS,
+    ROUNDING_NAMES,
     WEIGHT_BITS,
     LayerChoice,
     block_size,
 )
 from autoquant.errors import CandidateError, SpaceError
+
+TIES = ("residual", "attention")
 
 
 class NamedLayer(Protocol):
@@ -42,7 +45,8 @@ class Rule(document.Document):
     Products of two activations (kind ``Product``) are matched where ``kinds`` names them; of
     the rule they take ``activation_bits`` 8 and ``float``. ``granularity`` may be a list: each
     pair then comes with each. Where a kernel has no block scales, a block means ``channel``.
-    ``nbits``: Gemm and MatMul with 2, 4 or 8 bits in blocks run on packed weights.
+    ``nbits``: Gemm and MatMul with 2, 4 or 8 bits in blocks run on packed weights. With several
+    names in ``rounding`` a choice of at most 8 weight bits comes once for each.
     """
 
     layers: str | tuple[str, ...] = "*"
@@ -55,8 +59,17 @@ class Rule(document.Document):
     dynamic: bool = False
     int16: bool = False
     nbits: bool = False
+    rounding: tuple[str, ...] = ()
 
-    @field_validator("weight_bits", "activation_bits", "granularity", mode="before")
+    @field_validator("rounding")
+    @classmethod
+    def _known_roundings(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name not in ROUNDING_NAMES:
+                raise ValueError(f"{name!r} is not one of {', '.join(ROUNDING_NAMES)}")
+        return tuple(dict.fromkeys(value))
+
+    @field_validator("weight_bits", "activation_bits", "granularity", "rounding", mode="before")
     @classmethod
     def _listed(cls, value: object) -> object:
         return (value,) if isinstance(value, int | str) else value
@@ -104,17 +117,19 @@ class Rule(document.Document):
             block = bool(block_size(granularity))
             nbits = self.nbits and is_dense and block and weight in NBITS and activation in (8, 32)
             dynamic = (self.dynamic or nbits) and is_dense and is_int8 and activation == 8
-            found.append(
-                LayerChoice(
-                    weight,
-                    activation,
-                    granularity="channel" if block and is_int8 and not nbits else granularity,
-                    symmetric=self.symmetric,
-                    dynamic=dynamic,
-                    int16=self.int16,
-                    nbits=nbits,
+            for rounding in (self.rounding if weight <= 8 else ()) or (None,):
+                found.append(
+                    LayerChoice(
+                        weight,
+                        activation,
+                        granularity="channel" if block and is_int8 and not nbits else granularity,
+                        symmetric=self.symmetric,
+                        dynamic=dynamic,
+                        int16=self.int16,
+                        nbits=nbits,
+                        rounding=rounding,
+                    )
                 )
-            )
         is_float = self.float_ or (32 in self.weight_bits and 32 in self.activation_bits)
         return tuple(dict.fromkeys([*found, FLOAT] if is_float or not found else found))
 
@@ -126,20 +141,67 @@ def _known(value: tuple[int, ...], valid: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted(set(value)))
 
 
+class Side(document.Document):
+    """Choices of some layers: those with one of these widths (empty: any)."""
+
+    layers: str | tuple[str, ...] = "*"
+    weight_bits: tuple[int, ...] = ()
+    activation_bits: tuple[int, ...] = ()
+
+    @field_validator("weight_bits", "activation_bits", mode="before")
+    @classmethod
+    def _listed(cls, value: object) -> object:
+        return (value,) if isinstance(value, int) else value
+
+    @field_validator("weight_bits")
+    @classmethod
+    def _known_weights(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        return _known(value, WEIGHT_BITS)
+
+    @field_validator("activation_bits")
+    @classmethod
+    def _known_activations(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        return _known(value, ACTIVATION_BITS)
+
+    def matches(self, layer: str, choice: LayerChoice) -> bool:
+        """Whether a choice of a layer is meant (shell patterns over the name)."""
+        patterns = (self.layers,) if isinstance(self.layers, str) else self.layers
+        return (
+            any(fnmatchcase(layer, pattern) for pattern in patterns)
+            and (not self.weight_bits or choice.weight_bits in self.weight_bits)
+            and (not self.activation_bits or choice.activation_bits in self.activation_bits)
+        )
+
+
 class Space(document.Document):
     """What a search may choose: for each layer the last rule that matches it decides.
 
     A layer that no rule matches stays float. ``equalize`` and ``smooth`` (its alpha, 0 to 1)
-    rescale the float network before it is calibrated; its outputs stay.
+    rescale the float network before it is calibrated; its outputs stay. ``tie``: groups of layers
+    that take the same choice: ``residual`` (layers whose outputs meet in an Add), ``attention``
+    (products that read one tensor) or lists of patterns. ``forbid``: pairs of choices that exclude
+    each other.
     """
 
     name: str = ""
     description: str = ""
     calibration: Literal["minmax", "percentile", "mse", "entropy", "downstream"] = "mse"
-    rounding: Literal["nearest", "second-order"] = "second-order"
+    rounding: Literal["nearest", "second-order", "adaround"] = "second-order"
     equalize: bool = False
     smooth: float | None = Field(default=None, ge=0, le=1)
     rules: tuple[Rule, ...] = Field(min_length=1)
+    tie: tuple[str | tuple[str, ...], ...] = ()
+    forbid: tuple[tuple[Side, Side], ...] = ()
+
+    @field_validator("tie")
+    @classmethod
+    def _known_ties(
+        cls, value: tuple[str | tuple[str, ...], ...]
+    ) -> tuple[str | tuple[str, ...], ...]:
+        for item in value:
+            if isinstance(item, str) and item not in TIES:
+                raise ValueError(f"{item!r} is not one of {', '.join(TIES)} or a list of patterns")
+        return value
 
     def choices(self, layers: Iterable[NamedLayer]) -> dict[str, tuple[LayerChoice, ...]]:
         """Layer name → its choices in order. Raises SpaceError for a pattern without a layer."""

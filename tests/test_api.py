@@ -117,6 +117,21 @@ def test_inspect_describes_the_network(tmp_path: Path) -> None:
     assert found["outputs"] == {"y": [1, 4]}
     assert found["macs"] == 6 * 2 * 9 * 64 + 8 * 6 * 9 * 9 + 32
     assert found["parameters"] == 6 * 2 * 9 + 8 * 6 * 9 + 32
+    assert found["sensitivity"]["estimator"] == "measured"
+    assert found["sensitivity"]["divergence"] == "kl"
+    for layer in found["layers"]:
+        assert layer["sensitivity"]["2/8"] > layer["sensitivity"]["8/8"] > 0
+
+
+def test_inspect_without_sensitivity_reads_no_data(tmp_path: Path) -> None:
+    found = autoquant.inspect(task(tmp_path, calibration=[]), sensitivity=False)
+    assert found["sensitivity"] is None and "sensitivity" not in found["layers"][0]
+
+
+def test_inspect_shows_layers_whose_data_cannot_be_used(tmp_path: Path) -> None:
+    found = autoquant.inspect(task(tmp_path, calibration=[]))
+    assert "calibration is empty" in found["sensitivity"]["unavailable"]
+    assert [layer["name"] for layer in found["layers"]] == list(LAYERS)
 
 
 def test_a_profile_of_this_machine_predicts_without_measuring(

@@ -485,6 +485,15 @@ def test_ranges_downstream_survive_without_moments() -> None:
             assert sent.range(layer.input, bits) == again.range(layer.input, bits) == expected
 
 
+def test_products_of_activations_read_downstream_as_others_do() -> None:
+    net = NETWORKS["attention"]()
+    found = calibrate(net.graph, net.split, method="downstream", threads=1)
+    assert len(net.graph.products) == 2
+    for layer in net.graph.products:
+        low, high = found.range(layer.input, 8)
+        assert low <= 0 <= high and low < high
+
+
 def test_a_width_that_was_not_asked_for_has_the_range_of_mse() -> None:
     net = NETWORKS["chain"]()
     found = calibrate(net.graph, net.split, method="downstream", widths=[8], threads=1)

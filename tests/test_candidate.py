@@ -17,6 +17,7 @@ from autoquant.candidate import (
     FLOAT,
     GRANULARITIES,
     NBITS,
+    ROUNDING_NAMES,
     WEIGHT_BITS,
     Candidate,
     LayerChoice,
@@ -43,6 +44,7 @@ def choices(draw: st.DrawFn) -> LayerChoice:
         symmetric=draw(st.booleans()),
         dynamic=weight_bits <= 8 and activation_bits == 8 and draw(st.booleans()),
         int16=draw(st.booleans()),
+        rounding=draw(st.none() | st.sampled_from(ROUNDING_NAMES)),
     )
 
 
@@ -273,3 +275,20 @@ def test_blocks_and_their_kernel_show_in_the_short_form() -> None:
     assert str(choice) == "4/8 block64 dynamic nbits"
     assert LayerChoice.from_dict(choice.to_dict()) == choice
     assert [block_size(g) for g in GRANULARITIES] == [0, 0, 32, 64, 128]
+
+
+def test_a_rounding_is_hashed_where_it_has_an_effect() -> None:
+    def key(weight_bits: int, rounding: str | None) -> str:
+        return Candidate({"a": LayerChoice(weight_bits, 8, rounding=rounding)}).key
+
+    assert len({key(4, name) for name in (None, *ROUNDING_NAMES)}) == 4
+    assert key(16, "adaround") == key(16, None)
+    assert "rounding" not in LayerChoice(4, 8).to_dict()
+    assert LayerChoice(4, 8, rounding="nearest").to_dict()["rounding"] == "nearest"
+    assert str(LayerChoice(4, 8, rounding="adaround")) == "4/8 adaround"
+
+
+@pytest.mark.parametrize("bad", ["nearst", "", 3, True])
+def test_an_unknown_rounding_names_the_layer_and_the_field(bad: Any) -> None:
+    with pytest.raises(CandidateError, match=r"'a': rounding is .*second-order, adaround"):
+        Candidate.from_dict({"layers": {"a": {"weight_bits": 4, "rounding": bad}}})

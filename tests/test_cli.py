@@ -344,6 +344,10 @@ def test_inspect_shows_the_layers(made: Made, cli: Callable[..., Output]) -> Non
     assert [layer["name"] for layer in found["layers"]] == list(LAYERS)
     table = cli("inspect", made.task)
     assert table.status == 0 and all(name in table.out for name in LAYERS)
+    assert found["layers"][0]["sensitivity"]["4/8"] > 0 and "at 4/8" in table.out
+    assert "sensitivity of 3 layers: measured" in table.err
+    plain = cli("inspect", made.task, "--no-sensitivity")
+    assert "at 4/8" not in plain.out and "sensitivity" not in plain.err
 
 
 def test_inspect_of_an_onnx_file_with_data(made: Made, cli: Callable[..., Output]) -> None:

@@ -105,7 +105,7 @@ def test_the_predicted_size_is_that_of_the_file(case: tuple[str, Candidate], dia
     assert model.predict(candidate).size_bytes == pytest.approx(artifact.size_bytes, rel=0.01)
 
 
-@pytest.mark.parametrize("name", ["residual", "text", "wide"])
+@pytest.mark.parametrize("name", ["residual", "text", "wide", "transposed", "transposed_grouped"])
 @pytest.mark.parametrize("bits", [(3, 8), (8, 8), (4, 32), (5, 16), (32, 8), (16, 32)])
 def test_the_predicted_size_knows_of_shifted_biases(name: str, bits: tuple[int, int]) -> None:
     found = ALL[name]()
@@ -114,6 +114,23 @@ def test_the_predicted_size_knows_of_shifted_biases(name: str, bits: tuple[int, 
     artifact = compress(found.graph, candidate, calibrated(name), bank, "onnxruntime")
     predicted = CostModel(found.graph, "onnxruntime", bank=bank).predict(candidate)
     assert predicted.size_bytes == pytest.approx(artifact.size_bytes, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["residual", "text", "transposed"])
+@pytest.mark.parametrize("bits", [(3, 8), (8, 8), (4, 32)])
+def test_the_predicted_size_knows_of_the_rounding_in_the_names(
+    name: str, bits: tuple[int, int]
+) -> None:
+    found = ALL[name]()
+    bank = Bank(found.graph, "nearest", calibrated(name))
+    sizes = []
+    for rounding in (None, "second-order"):
+        candidate = found.resolved(found.uniform(*bits, rounding=rounding))
+        artifact = compress(found.graph, candidate, calibrated(name), bank, "onnxruntime")
+        predicted = CostModel(found.graph, "onnxruntime", bank=bank).predict(candidate)
+        assert predicted.size_bytes == pytest.approx(artifact.size_bytes, rel=0.006)
+        sizes.append(artifact.size_bytes)
+    assert sizes[0] < sizes[1]
 
 
 def test_a_shared_weight_is_stored_and_counted_once() -> None:

@@ -695,6 +695,15 @@ def test_dynamic_is_for_products(name: str) -> None:
         net.resolved(net.uniform(8, 8, dynamic=True))
 
 
+def test_resolving_drops_a_rounding_that_rounds_nothing() -> None:
+    net = NETWORKS["text"]()
+    found = net.resolved(net.uniform(4, 32, rounding="adaround"))
+    assert found.choice("words").rounding is None  # an embedding has no moments
+    assert found.choice("head").rounding == "adaround"
+    wide = net.resolved(net.uniform(16, 32, rounding="adaround"))
+    assert {c.rounding for c in wide.layers.values()} == {None}
+
+
 def test_resolving_drops_what_has_no_effect() -> None:
     net = NETWORKS["text"]()
     layers = {

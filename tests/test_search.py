@@ -43,7 +43,7 @@ from autoquant.front import Front
 from autoquant.result import COST_NAMES, STATUSES, TrialResult
 from autoquant.search import SearchSettings, search
 from autoquant.search import trial as trials
-from autoquant.search.study import Callback, read_trials
+from autoquant.search.study import Callback, Study, read_trials
 from autoquant.space import Space
 from autoquant.task import Array
 
@@ -654,6 +654,25 @@ def test_ctrl_c_inside_a_trial_ends_with_the_front_so_far(
     assert front.trials == 3 and front.members
 
 
+def test_ctrl_c_between_a_line_and_its_use_loses_no_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Study._write
+
+    def interrupted(study: Study, result: TrialResult) -> None:
+        whole(study, result)
+        if len(study.results) == 3:
+            study.results.pop()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Study, "_write", interrupted)
+    front = search(task(tmp_path), settings(tmp_path))
+    assert front.trials == len(lines(tmp_path)) == 3
+    monkeypatch.undo()
+    again = search(task(tmp_path), settings(tmp_path, resume=True))
+    assert again.trials == len({t["key"] for t in lines(tmp_path)}) == 8
+
+
 def test_a_timeout_before_the_first_trial_leaves_no_member(tmp_path: Path) -> None:
     with pytest.raises(NoFeasibleMember, match="no trial was finished"):
         search(task(tmp_path), settings(tmp_path, timeout=1e-9))
@@ -856,3 +875,66 @@ def test_a_disk_that_fills_up_keeps_what_was_done(
     front = search(task(tmp_path), settings(tmp_path, resume=True))
     assert front.trials == 8 and len({t["key"] for t in lines(tmp_path)}) == 8
     assert [t["key"] for t in lines(tmp_path)][: len(done)] == [r.candidate.key for r in done]
+
+
+# --- the weight bank of an earlier search ----------------------------------------------------
+
+
+class Bank(Callback):
+    """What a search says of its weight bank."""
+
+    def __init__(self) -> None:
+        self.said = ""
+
+    def stage(self, text: str) -> None:
+        if text.startswith("weight bank"):
+            self.said = text
+
+
+def searched(folder: Path, **changes: Any) -> tuple[str, list[str]]:
+    """What was said of the bank, and the files' hashes."""
+    bank = Bank()
+    options = settings(folder, **{"trials": 5, **changes})
+    search(task(folder), options, callbacks=[bank])
+    assert options.name is not None
+    return bank.said, [t["sha256"] for t in lines(folder, options.name)]
+
+
+def test_a_search_takes_the_bank_of_an_earlier_one(tmp_path: Path) -> None:
+    said, files = searched(tmp_path, name="first")
+    assert "weight bank: 9 entries, 0.0 MB" in said and ", 0 from the cache" in said
+    assert "peak memory" in said
+    (kept,) = run(tmp_path, "first").glob("bank-*.npz")
+    again, same = searched(tmp_path, name="second")
+    assert ", 9 from the cache" in again and same == files
+    assert (run(tmp_path, "second") / kept.name).is_file()
+    resumed, more = searched(tmp_path, name="second", trials=7, resume=True)
+    assert ", 9 from the cache" in resumed and more[:5] == files
+
+
+def test_a_damaged_bank_is_made_again(tmp_path: Path) -> None:
+    _, files = searched(tmp_path, name="first")
+    (kept,) = run(tmp_path, "first").glob("bank-*.npz")
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[: len(whole) // 2])
+    said, same = searched(tmp_path, name="second")
+    assert ", 0 from the cache" in said and same == files
+    said, _ = searched(tmp_path, name="first", trials=6, resume=True)
+    assert ", 9 from the cache" in said  # the one of the run beside it
+    assert kept.stat().st_size > len(whole) // 2  # and its own is whole again
+
+
+def test_a_bank_of_other_calibration_data_is_not_taken(tmp_path: Path) -> None:
+    searched(tmp_path, name="first")
+    bank = Bank()
+    other = task(tmp_path, calibration=[x for x, _ in batches(7)])
+    search(other, settings(tmp_path, trials=2, name="second"), callbacks=[bank])
+    assert ", 0 from the cache" in bank.said
+
+
+def test_another_space_completes_the_bank(tmp_path: Path) -> None:
+    searched(tmp_path, name="first", space=TWO)
+    said, _ = searched(tmp_path, name="second")
+    assert "weight bank: 9 entries" in said and ", 6 from the cache" in said
+    third, _ = searched(tmp_path, name="third")
+    assert ", 9 from the cache" in third

@@ -218,3 +218,43 @@ def test_blocks_come_with_the_kernels_that_have_them(tmp_path: Path) -> None:
         "4/32 block32 nbits",
     ]
     assert found["conv"] == plain
+
+
+def test_a_rule_may_offer_several_roundings(tmp_path: Path) -> None:
+    space = _space(
+        tmp_path,
+        """
+        rules:
+          - {weight_bits: [4, 16], activation_bits: 32, rounding: [second-order, adaround]}
+          - {layers: head, weight_bits: 4, rounding: nearest}
+        """,
+    )
+    found = _short(space)
+    assert found["stem.conv"] == ["4/32 second-order", "4/32 adaround", "16/32"]
+    assert found["head"] == ["4/32 nearest"]
+
+
+def test_a_space_takes_adaround_and_refuses_what_is_no_rounding(tmp_path: Path) -> None:
+    space = _space(tmp_path, "rounding: adaround\nrules: [{weight_bits: 4}]")
+    assert space.rounding == "adaround"
+    with pytest.raises(SpaceError, match="rounding"):
+        _space(tmp_path, "rounding: best\nrules: [{weight_bits: 4}]")
+    with pytest.raises(SpaceError, match="'best' is not one of nearest, second-order, adaround"):
+        _space(tmp_path, "rules: [{weight_bits: 4, rounding: best}]")
+
+
+def test_ties_and_forbidden_pairs_are_read_and_checked(tmp_path: Path) -> None:
+    rules = "rules: [{weight_bits: 8}]\n"
+    found = _space(
+        tmp_path,
+        rules + "tie: [residual, [head, 'block.*']]\n"
+        "forbid: [[{layers: head, weight_bits: 2}, {layers: stem.conv, activation_bits: [4]}]]\n",
+    )
+    assert found.tie == ("residual", ("head", "block.*"))
+    first, second = found.forbid[0]
+    assert first.matches("head", LayerChoice(2, 8)) and not first.matches("head", LayerChoice(3, 8))
+    assert second.matches("stem.conv", LayerChoice(8, 4)) and not second.matches("head", FLOAT)
+    with pytest.raises(SpaceError, match=r"own.yaml:2: tie: 'resdual' is not one of residual, att"):
+        _space(tmp_path, rules + "tie: [resdual]\n")
+    with pytest.raises(SpaceError, match=r"own.yaml:2: forbid.*11 is not one of"):
+        _space(tmp_path, rules + "forbid: [[{weight_bits: 11}, {layers: a}]]\n")

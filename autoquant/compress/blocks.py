@@ -120,7 +120,7 @@ def run_block(
         if quantize is not None:
             for i, name in enumerate(node.input):
                 if name in graph.tensors and name not in graph.initializers:
-                    reader = layer if layer is not None and name == layer.input else None
+                    reader = layer if layer is not None and name in layer.inputs else None
                     inputs[i] = quantize(name, inputs[i], reader)
         if layer is not None and layer.kind != "Gather":
             inputs[1] = weights.get(layer.name, inputs[1])

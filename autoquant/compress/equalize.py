@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from autoquant.graph import Graph, Layer, attributes, clamp_bounds
+from autoquant.graph import PRODUCT, Graph, Layer, attributes, clamp_bounds
 from autoquant.task import Array
 
 LIMIT = 100.0  # a channel is scaled by at most this, and at least its inverse
@@ -157,7 +157,7 @@ def _pair(graph: Graph, writer: Layer) -> Iterator[Pair]:
         if index is None:
             return
         reader = graph.by_node.get(index)
-        if reader is not None:
+        if reader is not None and reader.kind != PRODUCT:
             channel = _input_channels(reader, labels)
             fits = reader.input == tensor and reader.kind in _KINDS
             if fits and channel is not None and _owned(graph, reader.weight):

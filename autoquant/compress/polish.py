@@ -36,7 +36,7 @@ from autoquant.compress.bank import (
 )
 from autoquant.compress.blocks import Block, Unsupported, run_block, split
 from autoquant.compress.qdq import Grid, Plan, assemble, plan, tensor_grid
-from autoquant.compress.rounding import SecondOrder, integer_range
+from autoquant.compress.rounding import ROUNDINGS, integer_range
 from autoquant.graph import Graph, Layer, prefix
 from autoquant.runtime import OnnxRuntime, run_batches
 from autoquant.task import Array
@@ -171,7 +171,8 @@ def _refit(
     """The fitted weight before rounding, in the weight's own layout, and what it rounds to."""
     choice = candidate.choice(layer.name)
     weight, moments, mean, spread = fit.solve()
-    values, scale = SecondOrder()(weight, choice.weight_bits, choice.granularity, moments)
+    rounding = ROUNDINGS["adaround" if choice.rounding == "adaround" else "second-order"]
+    values, scale = rounding(weight, choice.weight_bits, choice.granularity, moments)
     block = block_size(choice.granularity)
     scale, shift = take_spread_and_mean(values, scale, moments, spread, mean, block)
     rows = np.moveaxis(graph.array(layer.weight), layer.channel_axis, 0)

@@ -14,7 +14,7 @@ since ONNX Runtime has no narrower kernel.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -107,11 +107,12 @@ class Plan:
 def resolve(graph: Graph, candidate: Candidate) -> Candidate:
     """The candidate as the graph takes it: names checked, settings without effect dropped.
 
-    An embedding's activations are indices, so its ``activation_bits`` become 32. One block a
-    channel is the granularity ``channel``, but for ``nbits``, which with 8-bit activations is
-    ``dynamic``. Layers come in graph order, each with a choice, then the products that are not
-    float. Raises CandidateError.
+    An embedding's activations are indices, so its ``activation_bits`` become 32; it has no
+    moments to round by, unless it shares its weight. One block a channel is the granularity
+    ``channel``, but for ``nbits``, which with 8-bit activations is ``dynamic``. Layers come in
+    graph order, each with a choice, then the products that are not float. Raises CandidateError.
     """
+    uses = Counter(layer.weight for layer in graph.layers)
     for name in candidate.layers:
         if name not in graph.by_name:
             raise CandidateError(f"unknown layer {name!r}; {nearest(name, graph.by_name)}")
@@ -131,7 +132,9 @@ def resolve(graph: Graph, candidate: Candidate) -> Candidate:
         elif block_size(choice.granularity) >= layer.parameters // layer.channels:
             choice = _without(choice, granularity="channel")
         if layer.kind == "Gather":
-            choice = LayerChoice(choice.weight_bits, 32, choice.granularity, int16=choice.int16)
+            choice = _without(choice, activation_bits=32, symmetric=False)
+        if choice.weight_bits > 8 or (layer.kind == "Gather" and uses[layer.weight] == 1):
+            choice = _without(choice, rounding=None)
         if choice.weight_bits != 16:
             choice = _without(choice, int16=False)
         if choice.weight_bits >= 16 and not choice.int16:
@@ -504,6 +507,7 @@ class _Writer:
         block = block_size(choice.granularity)
         suffix = f"b{block}" if block else "t" if choice.granularity == "tensor" else ""
         suffix += f"a{layer.channel_axis}" if layer.channel_axis else ""
+        suffix += f".{choice.rounding}" if choice.rounding else ""
         return f"{layer.weight.removesuffix('.weight')}.w{choice.weight_bits}{suffix}"
 
     def _weight(self, layer: Layer, choice: LayerChoice, entry: QuantizedWeight) -> str:

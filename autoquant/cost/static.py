@@ -209,7 +209,8 @@ class _File:
         block = block_size(choice.granularity)
         stem += 1 + len(str(block)) if block else 0
         stem += 1 + len(str(layer.channel_axis)) if layer.channel_axis else 0
-        key = (layer.weight, layer.channel_axis, bits, choice.granularity)
+        stem += 1 + len(choice.rounding) if choice.rounding else 0
+        key = (layer.weight, layer.channel_axis, bits, choice.granularity, choice.rounding)
         if bits == 32:
             return
         self.left[layer.weight] += 1
@@ -270,7 +271,8 @@ class _File:
             self._added_bias(layer, shifted)
         elif shifted:
             self._node_bias(layer)
-            self._tensor(len(layer.name) + 2, (channels,), 4)
+            outputs = channels * (layer.group if layer.kind == "ConvTranspose" else 1)
+            self._tensor(len(layer.name) + 2, (outputs,), 4)
 
     def _scales(self, name: int, layer: Layer, choice: LayerChoice, dims: Sequence[int]) -> int:
         """Scales of blocks, as float16 with a Cast where they are; the length of the name."""

@@ -37,7 +37,8 @@ from autoquant.hardware import Hardware, LatencyModel, load_hardware
 from autoquant.result import TrialResult
 from autoquant.runtime import RUNTIMES, describe, measure
 from autoquant.search import executor as executors
-from autoquant.search.sensitivity import sensitivity
+from autoquant.search.sensitivity import Sensitivity
+from autoquant.search.sensitivity import priors as priors_of
 from autoquant.search.solver import Table, curve
 from autoquant.search.study import (
     SIGNALS,
@@ -232,10 +233,11 @@ def search(
             threads=settings.threads,
             evaluation_workers=settings.evaluation_threads,
             seed=settings.seed,
+            cache=run.folder,
             say=say,
         )
         _check_predicted(objectives, settings, context)
-        priors = _priors(context, run.folder, settings.resume, say)
+        priors = _priors(context, task, run.folder, settings.resume, say)
         study = Study(
             context,
             StudySettings(
@@ -267,13 +269,14 @@ def search(
     learned = study.learned()
     if learned is not None:
         write_json(run.folder / "learned.json", learned)
-    front = _front(task, settings, context, study.results, objectives, run, say)
+    results = study.recorded()  # Ctrl-C may come between a line and its use
+    front = _front(task, settings, context, results, objectives, run, say)
     front = replace(front, seconds=run.seconds + time.perf_counter() - started)
     write_json(run.folder / "front.json", front.to_dict())
     for callback in callbacks:
         callback.finish(front)
     if not front.members:
-        raise NoFeasibleMember(_why_none(run.name, study.results))
+        raise NoFeasibleMember(_why_none(run.name, results))
     return front
 
 
@@ -289,7 +292,7 @@ def _check_predicted(objectives: Sequence[str], settings: SearchSettings, contex
 
 
 def _priors(
-    context: Context, folder: Path, resume: bool, say: Callable[[str], None]
+    context: Context, task: Task, folder: Path, resume: bool, say: Callable[[str], None]
 ) -> dict[str, Table]:
     """Tables of divergences by name: those of the run that is resumed, or measured now.
 
@@ -305,17 +308,18 @@ def _priors(
             }
             if old and all({n: len(v) for n, v in t.items()} == sizes for t in old.values()):
                 return old
-    start = time.perf_counter()
-    say("measuring the sensitivity of every layer")
-    found: dict[str, Table] = {"measured": dict(sensitivity(context, os.cpu_count() or 1))}
-    took = time.perf_counter() - start
-    say(f"sensitivity of {len(sizes)} layers: one measurement a layer, {took:.1f} s")
+    estimates = priors_of(context, task, workers=os.cpu_count() or 1, say=say)
+    found: dict[str, Table] = {name: dict(r.table) for name, r in estimates.items()}
     write_json(path, found)
-    prior = _mean(found)
-    named = {
-        n: {str(c): v for c, v in zip(f, prior[n], strict=True)} for n, f in context.choices.items()
-    }
-    write_json(folder / "sensitivity.json", named)
+    shown = Sensitivity(
+        {name: tuple(values) for name, values in _mean(found).items()},
+        context.choices,
+        " and ".join(found),
+        sum(result.seconds for result in estimates.values()),
+        next(iter(estimates.values())).key,
+        tuple(note for result in estimates.values() for note in result.notes),
+    )
+    write_json(folder / "sensitivity.json", shown.to_dict())
     return found
 
 
@@ -344,7 +348,7 @@ def _first(
         for name, points in budgets.items():
             if name in objectives or (name == "size_bytes" and len(objectives) == 2):
                 costs = context.additive_cost(name)
-                solved = curve(context.choices, table, costs, points)
+                solved = curve(context.choices, table, costs, points, tied=context.tied)
                 found += [("solver", c) for c in solved]
     unique: dict[Candidate, str] = {}
     for origin, candidate in found:

@@ -18,6 +18,7 @@ from autoquant.candidate import FLOAT, Candidate, LayerChoice
 from autoquant.errors import CandidateError, RunError, nearest
 from autoquant.front import Front, members_of
 from autoquant.result import Cost, TrialResult
+from autoquant.search.coupling import conform
 from autoquant.search.executor import Executor
 from autoquant.search.solver import Table
 from autoquant.search.trial import Against, Context, Limits, run_trial
@@ -103,6 +104,7 @@ def _nearest(choice: LayerChoice, found: Sequence[LayerChoice]) -> LayerChoice:
             c != choice,
             abs(c.weight_bits - choice.weight_bits),
             abs(c.activation_bits - choice.activation_bits),
+            c.rounding != choice.rounding,
         ),
     )
 
@@ -252,9 +254,19 @@ class Study:
         )
 
     def _layers(self, params: Mapping[str, int]) -> Candidate:
-        """The candidate of one index a layer."""
+        """The candidate of one index a layer, with ties and forbidden pairs kept."""
         picked = {n: c[params[n]] for n, c in self.free.items()}
-        return Candidate({n: picked.get(n, self.fixed.get(n, FLOAT)) for n in self.context.choices})
+        found = {n: picked.get(n, self.fixed.get(n, FLOAT)) for n in self.context.choices}
+        return self._allowed(Candidate(found))
+
+    def _allowed(self, candidate: Candidate) -> Candidate:
+        context = self.context
+        return conform(candidate, context.choices, context.tied, context.forbidden)
+
+    def recorded(self) -> list[TrialResult]:
+        """The trials of trials.jsonl, judged by the limits of now: an interrupted study may
+        not have got to count the last."""
+        return [_judged(r, self.context.limits) for r in read_trials(self.path)]
 
     def _cost(self, candidate: Candidate) -> Cost:
         key = candidate.key
@@ -424,7 +436,7 @@ class Study:
             moves = min(len(names), 1 + attempt // 20)
             for name in self.random.sample(names, moves):
                 layers[name] = self.random.choice(self.free[name])
-            candidate = Candidate(layers)
+            candidate = self._allowed(Candidate(layers))
             if candidate.key not in self.seen and all(
                 layers[n] in c for n, c in self.context.choices.items()
             ):

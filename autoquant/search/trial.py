@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -27,10 +28,11 @@ from autoquant.cost.static import block_scale_bytes
 from autoquant.cost.table import PRECISIONS, TableModel, from_profile, measure_device
 from autoquant.errors import AutoquantError, CandidateError, HardwareError
 from autoquant.evaluate import Evaluator, divergence, pad
-from autoquant.graph import PRODUCT, Graph
+from autoquant.graph import PRODUCT, Graph, Layer
 from autoquant.hardware import Hardware, load_hardware
 from autoquant.result import Cost, Score, TrialResult
 from autoquant.runtime import RUNTIMES, OnnxRuntime, Session, run_batches
+from autoquant.search.coupling import forbidden_pairs, tied_groups
 from autoquant.space import Rule, Space, load_space
 from autoquant.task import Array, Split, Task, to_numpy
 
@@ -95,7 +97,8 @@ class Context:
     outputs on; images are mixed in pairs, since networks know their training images.
     ``expected``: the float network's outputs on them. ``inputs``: the calibration batches,
     which polishing runs. ``original``: the float network as it came; ``graph`` is what the
-    space's rescalings made of it, and computes the same.
+    space's rescalings made of it, and computes the same. ``tied``: groups of layers that take
+    one choice; ``forbidden``: pairs of (layer, choice) that exclude each other.
     """
 
     original: Graph
@@ -112,6 +115,8 @@ class Context:
     probe: tuple[Array, ...]
     inputs: tuple[tuple[Array, ...], ...]
     expected: Array
+    tied: tuple[tuple[str, ...], ...] = ()
+    forbidden: tuple[tuple[tuple[str, LayerChoice], tuple[str, LayerChoice]], ...] = ()
 
     def second(self, session: Session) -> float:
         """The divergence of an artifact's outputs on the second set of inputs, the probe."""
@@ -168,13 +173,15 @@ def prepare(
     evaluation_workers: int = 0,
     latency: bool = True,
     seed: int = 0,
+    cache: Path | None = None,
     say: Say = silent,
 ) -> Context:
     """Lower, calibrate, build the bank, score the float network and measure the device.
 
     ``space`` may be one candidate: then only what it needs is made.
     ``evaluation_workers``: batches evaluated at a time, 0 for one a core. ``latency=False``
-    leaves latencies unpredicted. ``say`` hears what is happening. Raises UserError.
+    leaves latencies unpredicted. ``cache``: a run folder that keeps the weight bank; banks in
+    the folders beside it are used too. ``say`` hears what is happening. Raises UserError.
     """
     device = load_hardware(hardware)
     found_space = None if isinstance(space, Candidate) else load_space(space)
@@ -205,16 +212,13 @@ def prepare(
         graph,
         calibration_split,
         method=settings.calibration,
-        moments=ROUNDINGS[settings.rounding].needs_moments,
+        moments=_needs_moments(settings.rounding, choices),
         widths=sorted({8, *(c.activation_bits for found in choices.values() for c in found)}),
         threads=workers,
     )
     bank = Bank(graph, settings.rounding, calibration)
-    start = time.perf_counter()
-    entries, size = bank.build(
-        ((graph.by_name[name], c) for name, found in choices.items() for c in found), workers
-    )
-    say(f"weight bank: {entries} entries, {size / 1e6:.1f} MB, {time.perf_counter() - start:.1f} s")
+    needed = [(graph.by_name[name], c) for name, found in choices.items() for c in found]
+    _fill(bank, needed, workers, cache, say)
     predictor: DeviceModel | None = None
     if latency and device.latency == "analytic":
         predictor = RooflineModel(graph, device, batch, threads)
@@ -230,6 +234,8 @@ def prepare(
     probe = _probe(calibration_split, graph)
     return Context(
         original=original,
+        tied=tied_groups(graph, settings, choices),
+        forbidden=forbidden_pairs(settings, graph, choices),
         graph=graph,
         calibration=calibration.without_moments(),
         bank=bank,
@@ -254,6 +260,51 @@ def _rescaled(graph: Graph, settings: Space, split: Split, workers: int) -> Grap
         peaks = channel_peaks(graph, split, smoothed_tensors(graph), workers)
         graph = smooth(graph, peaks, settings.smooth)
     return graph
+
+
+def _needs_moments(rounding: str, choices: Mapping[str, Sequence[LayerChoice]]) -> bool:
+    """Whether any weight is rounded against the moments of its layer's inputs."""
+    named = {c.rounding or rounding for found in choices.values() for c in found}
+    return any(ROUNDINGS[name].needs_moments for name in named)
+
+
+def _fill(
+    bank: Bank,
+    needed: Sequence[tuple[Layer, LayerChoice]],
+    workers: int,
+    cache: Path | None,
+    say: Say,
+) -> None:
+    """Take what a run folder has of the bank, make the rest, and keep all of it there."""
+    start, from_own, own = time.perf_counter(), 0, None
+    if cache is not None:
+        own = cache / f"bank-{bank.content_key()[:16]}.npz"
+        from_own = bank.load(own)
+        for path in sorted(cache.parent.glob(f"*/{own.name}")):
+            if not bank.lacks(needed):
+                break
+            bank.load(path)
+    entries, size = bank.build(needed, workers)
+    took = time.perf_counter() - start
+    said = f"weight bank: {entries} entries, {size / 1e6:.1f} MB, {took:.1f} s"
+    if own is not None:
+        said += f", {bank.loaded} from the cache"
+        if entries > from_own:
+            try:
+                bank.save(own)
+            except OSError as error:
+                said += f", not saved ({error.strerror})"
+    say(f"{said}, peak memory {peak_memory_mb():,.0f} MB")
+
+
+def peak_memory_mb() -> float:
+    """The most memory that this process has had resident so far; 0 where the system hides it."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e6 if sys.platform == "darwin" else 1e6 / 1024)
 
 
 def _probe(split: Split, graph: Graph) -> tuple[Array, ...]:
