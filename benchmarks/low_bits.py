@@ -1,12 +1,12 @@
 """Post-training accuracy at 2 to 8 average weight bits, without labels or training.
 
-    python benchmarks/low_bits.py [NETWORK …] [--seeds 3]     # about 25 minutes on two cores
+    python benchmarks/low_bits.py [NETWORK …] [--seeds 3]     # about 45 minutes on two cores
 
-For each network, width set and budget of average bits: the exact solution under the measured
-prior (the one a search starts from), its file scored in onnxruntime on the test split, for three
-draws of calibration data, and again after polishing (convolutional networks; EfficientNet-Lite0
-only with --polish-all, at minutes a file). 512 calibration images or sentences, 256 for
-EfficientNet-Lite0; activations 8 bits where not said otherwise. Needs AUTOQUANT_DATA.
+For each network, width set and budget of average bits: the exact solution under the priors that
+a search starts from, its file scored in onnxruntime on the test split, for three draws of
+calibration data; and again after polishing where the budget is below 6 bits (not for MiniLM).
+512 calibration images or sentences, 256 for EfficientNet-Lite0; activations 8 bits where not said
+otherwise. A run of some networks keeps the rows of the others. Needs AUTOQUANT_DATA.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from record import record
+from record import RESULTS, record
 
 from autoquant.compress.lower import lower
 from autoquant.runtime import OnnxRuntime
-from autoquant.search.sensitivity import sensitivity
-from autoquant.search.solver import solve
-from autoquant.search.trial import evaluator_for, float_model, prepare
+from autoquant.search import mean_of
+from autoquant.search.sensitivity import priors
+from autoquant.search.solver import Table, solve
+from autoquant.search.trial import Context, evaluator_for, float_model, prepare
 from autoquant.space import Rule, Space
 
 sys.path.insert(0, str(Path(__file__).parent / "tasks"))
@@ -48,21 +50,23 @@ def rules(widths: list[int], activations: int = 8, ends: bool = False, embedding
 
 
 WIDE, PLAIN = [2, 3, 4, 6, 8], [2, 4, 8]
-# network: (label, space, budgets in average bits → bar, the drop against float it allows)
+# network: (label, space, width set within it, budgets in average bits → bar, the drop against
+# float it allows); cases of one space share what is prepared
+WIDE8, LOW_EMBEDDING = rules(WIDE), rules(WIDE, embedding=4)
 CASES = {
     "resnet20": [
-        ("{2,3,4,6,8}/8", rules(WIDE), {2.0: 2.23, 2.5: 1.03, 3.0: 0.43, 4.0: 0.13}),
-        ("{2,4,8}/8", rules(PLAIN), {2.5: 1.93, 3.0: 1.13, 4.0: 0.23}),
-        ("4/4, ends 8/8", rules([4], 4, ends=True), {8.0: 2.23}),
+        ("{2,3,4,6,8}/8", WIDE8, WIDE, {2.0: 2.23, 2.5: 1.03, 3.0: 0.43, 4.0: 0.13}),
+        ("{2,4,8}/8", WIDE8, PLAIN, {2.5: 1.93, 3.0: 1.13, 4.0: 0.23}),
+        ("4/4, ends 8/8", rules([4], 4, ends=True), [4, 8], {4.0: 2.23}),
     ],
-    "resnet8": [("{2,3,4,6,8}/8", rules(WIDE), {3.0: 2.19, 4.0: 0.59})],
+    "resnet8": [("{2,3,4,6,8}/8", WIDE8, WIDE, {3.0: 2.19, 4.0: 0.59})],
     "efficientnet_lite0": [
-        ("{2,3,4,6,8}/8", rules(WIDE), {8.0: 0.49, 4.0: 1.39, 3.0: 4.69}),
-        ("{2,4,8}/8", rules(PLAIN), {4.0: 1.69, 3.0: 6.19}),
+        ("{2,3,4,6,8}/8", WIDE8, WIDE, {8.0: 0.49, 4.0: 1.39, 3.0: 4.69}),
+        ("{2,4,8}/8", WIDE8, PLAIN, {4.0: 1.69, 3.0: 6.19}),
     ],
     "minilm": [
-        ("{2,3,4,6,8}/8, embeddings 8", rules(WIDE), {8.0: 0.23, 4.0: 0.83, 3.0: 2.53}),
-        ("{2,3,4,6,8}/8, embeddings 4", rules(WIDE, embedding=4), {4.0: 1.23}),
+        ("{2,3,4,6,8}/8, embeddings 8", WIDE8, WIDE, {8.0: 0.23, 4.0: 0.83, 3.0: 2.53}),
+        ("{2,3,4,6,8}/8, embeddings 4", LOW_EMBEDDING, WIDE, {4.0: 1.23}),
     ],
 }
 
@@ -82,38 +86,46 @@ def task(name: str, seed: int):
     return makers[name](seed=seed)
 
 
-def measure(name: str, seed: int, polish: bool) -> list[dict[str, object]]:
+def measure(name: str, seed: int) -> list[dict[str, object]]:
     """Every case of one network with one draw of calibration data."""
     found = task(name, seed)
     graph = lower(found)
     test = evaluator_for(found, graph, "test")
     baseline = test.set_reference(OnnxRuntime().open(float_model(graph))).value
+    ready: dict[object, tuple[Context, Table, float]] = {}
     rows = []
-    for label, make, budgets in CASES[name]:
-        start = time.perf_counter()
-        space = make(graph.layers[0].name, graph.layers[-1].name)
-        context = prepare(found, space=space, latency=False)
-        prior = sensitivity(context, os.cpu_count() or 1)
-        ready = time.perf_counter() - start
-        counted = {
-            n: graph.by_name[n] for n in context.choices if graph.by_name[n].kind != "Gather"
+    for label, make, widths, budgets in CASES[name]:
+        if make not in ready:
+            start = time.perf_counter()
+            space = make(graph.layers[0].name, graph.layers[-1].name)
+            context = prepare(found, space=space, latency=False)
+            tables = priors(context, found, workers=os.cpu_count() or 1)
+            mean = mean_of({n: r.table for n, r in tables.items()})
+            ready[make] = context, mean, time.perf_counter() - start
+        context, mean, seconds = ready[make]
+        kept = {
+            n: [i for i, c in enumerate(f) if len(f) == 1 or c.weight_bits in widths]
+            for n, f in context.choices.items()
         }
+        choices = {n: [context.choices[n][i] for i in k] for n, k in kept.items()}
+        prior = {n: [mean[n][i] for i in k] for n, k in kept.items()}
+        counted = {n: graph.by_name[n] for n in choices if graph.by_name[n].kind != "Gather"}
         cost = {
             n: tuple(c.weight_bits * counted[n].parameters if n in counted else 0.0 for c in f)
-            for n, f in context.choices.items()
+            for n, f in choices.items()
         }
         weights = sum(layer.parameters for layer in counted.values())
         asked = [bits * weights for bits in budgets]
         for (bits, allowed), candidate in zip(
-            budgets.items(), solve(context.choices, prior, cost, asked), strict=True
+            budgets.items(), solve(choices, prior, cost, asked), strict=True
         ):
             artifact = context.compress(candidate)
             score = test.score(OnnxRuntime().open(artifact.model))
-            polished, seconds = None, None
-            if polish:
-                start = time.perf_counter()
+            polished, polishing = None, None
+            if bits < 6 and name != "minilm":
+                start = time.process_time()
                 refitted = context.compress(replace(candidate, polish=True))
-                seconds = round(time.perf_counter() - start, 1)
+                polishing = round(time.process_time() - start, 1)
                 polished = round(100 * test.score(OnnxRuntime().open(refitted.model)).drop, 3)
             spent = sum(
                 artifact.candidate.choice(n).weight_bits * x.parameters for n, x in counted.items()
@@ -130,29 +142,19 @@ def measure(name: str, seed: int, polish: bool) -> list[dict[str, object]]:
                     "drop_points": round(100 * score.drop, 3),
                     "drop_standard_error_points": round(100 * score.drop_standard_error, 3),
                     "polished_drop_points": polished,
-                    "polish_seconds": seconds,
+                    "polish_processor_seconds": polishing,
                     "allowed_drop_points": allowed,
                     "size_bytes": artifact.size_bytes,
-                    "prepare_seconds": round(ready, 1),
+                    "prepare_seconds": round(seconds, 1),
                 }
             )
             print(json.dumps(rows[-1]), flush=True)
     return rows
 
 
-def main() -> None:
-    """All cases, a summary over seeds, the record."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("networks", nargs="*", default=list(CASES))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--polish-all", action="store_true")
-    options = parser.parse_args()
-    rows = []
-    for name in options.networks:
-        polish = name.startswith("resnet") or (options.polish_all and name != "minilm")
-        for seed in range(options.seeds):
-            rows += measure(name, seed, polish)
-    summary = []
+def summarize(rows: list[dict[str, Any]]) -> list[dict[str, object]]:
+    """One line a case: means and spread over the seeds beside the bar."""
+    summary: list[dict[str, object]] = []
     for key in dict.fromkeys((r["network"], r["space"], r["budget_bits"]) for r in rows):
         same = [r for r in rows if (r["network"], r["space"], r["budget_bits"]) == key]
         bank = [r["drop_points"] for r in same]
@@ -163,6 +165,7 @@ def main() -> None:
                 "network": key[0],
                 "space": key[1],
                 "budget_bits": key[2],
+                "seeds": len(same),
                 "bank_mean_drop_points": round(float(np.mean(bank)), 3),
                 "polished": same[0]["polished_drop_points"] is not None,
                 "mean_drop_points": round(float(np.mean(drops)), 3),
@@ -172,8 +175,25 @@ def main() -> None:
             }
         )
         print(json.dumps(summary[-1]))
-    whole = options.networks == list(CASES)
-    record("low_bits", {"seeds": options.seeds, "summary": summary, "rows": rows}, write=whole)
+    return summary
+
+
+def main() -> None:
+    """All cases, a summary over seeds, the record; networks left out keep their rows."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("networks", nargs="*", default=list(CASES))
+    parser.add_argument("--seeds", type=int, default=3)
+    options = parser.parse_args()
+    for name in options.networks:
+        for seed in range(options.seeds):
+            fresh = measure(name, seed)
+            path = RESULTS / "low_bits.json"  # read again: another network may run beside this
+            known = json.loads(path.read_text())["rows"] if path.is_file() else []
+            same = {(name, seed)}
+            rows = [r for r in known if (r["network"], r["seed"]) not in same] + fresh
+            order = list(CASES)
+            rows.sort(key=lambda r: (order.index(r["network"]), r["space"], r["seed"]))
+            record("low_bits", {"summary": summarize(rows), "rows": rows})
 
 
 if __name__ == "__main__":

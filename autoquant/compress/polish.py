@@ -133,13 +133,15 @@ def _first(batches: Sequence[tuple[Array, ...]], samples: int) -> Iterator[tuple
 
 
 def _mirrored(graph: Graph, batches: Sequence[tuple[Array, ...]]) -> list[tuple[Array, ...]]:
-    """Where a network of convolutions reads one image, each batch and its mirror image in turn.
+    """Where a network of convolutions reads one image and is small enough to be tuned, each
+    batch and its mirror image in turn.
 
     The float network says what its outputs are, so that these are inputs like any other.
     """
     first = batches[0][0]
     is_image = len(batches[0]) == 1 and first.ndim == 4 and first.shape[1] in (1, 3, 4)
-    if not is_image or first.dtype != np.float32 or graph.layers[0].kind != "Conv":
+    small = is_image and first.dtype == np.float32 and _steps(graph) > 0
+    if not small or graph.layers[0].kind != "Conv":
         return list(batches)
     return [pair for b in batches for pair in (b, (np.ascontiguousarray(b[0][..., ::-1]),))]
 

@@ -312,7 +312,7 @@ def _priors(
     found: dict[str, Table] = {name: dict(r.table) for name, r in estimates.items()}
     write_json(path, found)
     shown = Sensitivity(
-        {name: tuple(values) for name, values in _mean(found).items()},
+        {name: tuple(values) for name, values in mean_of(found).items()},
         context.choices,
         " and ".join(found),
         sum(result.seconds for result in estimates.values()),
@@ -323,7 +323,7 @@ def _priors(
     return found
 
 
-def _mean(priors: Mapping[str, Table]) -> Table:
+def mean_of(priors: Mapping[str, Table]) -> Table:
     """The geometric mean of tables, zero where one is."""
     tables = list(priors.values())
     found: dict[str, Sequence[float]] = {}
@@ -340,9 +340,9 @@ def _first(
     """Uniform candidates, then the best under the priors' mean at a spread of budgets, and
     where there are several priors, fewer under each."""
     found = [("uniform", c) for c in uniform_candidates(context.choices)]
-    tables = [(_mean(priors), 14, 8)]
+    tables = [(mean_of(priors), 14, 8)]
     if len(priors) > 1:
-        tables = [(_mean(priors), 10, 6), *((t, 5, 3) for t in list(priors.values())[:3])]
+        tables = [(mean_of(priors), 10, 6), *((t, 5, 3) for t in list(priors.values())[:3])]
     for table, by_size, by_latency in tables:
         budgets = {"size_bytes": by_size, "latency_ms": by_latency, "energy_mj": by_latency}
         for name, points in budgets.items():
