@@ -43,7 +43,7 @@ from autoquant.task import Array
 
 STRENGTH = 0.1  # λ: pull of the fit towards the float weight
 SAMPLES = 512  # calibration inputs that are seen
-TUNED = 5  # bits: a block is tuned if a layer of it has so many or fewer
+TUNED = 3  # bits: a block is tuned if a layer of it has so many or fewer
 STEPS = 300  # of a block's tuning, fewer for larger networks
 WORK = 1.2e12  # multiply-accumulates of all tuning; where they allow under 100 steps, none
 BATCH = 32
