@@ -60,6 +60,23 @@ def test_it_repeats_byte_for_byte_and_leaves_the_bank_alone(context: Context) ->
     assert context.compress(low(context, False)).sha256 == before
 
 
+def test_it_gives_the_same_bytes_beside_another(context: Context) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    import torch
+
+    wanted = [low(context, True), replace(low(context, True), layers={"head": LOW})]
+    alone = [context.compress(c).sha256 for c in wanted]
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            beside = list(pool.map(lambda c: context.compress(c).sha256, wanted))
+    finally:
+        torch.set_num_threads(before)
+    assert beside == alone
+
+
 def test_layers_of_more_than_eight_bits_are_not_touched(context: Context) -> None:
     float_ = resolve(context.graph, Candidate(polish=True))
     bank = polish(

@@ -101,7 +101,7 @@ def polish(
             polished.overrides[layer.name] = entry
             written = assemble(graph, candidate, calibration, polished, dialect)
         tuned = [x for x in changed if not polished.overrides[x.name].block]
-        if _steps(graph) and any(candidate.choice(x.name).weight_bits <= TUNED for x in tuned):
+        if is_tuned(graph) and any(candidate.choice(x.name).weight_bits <= TUNED for x in tuned):
             outputs = _values(graph.model, block.target, exact, workers)
             found = _tune(graph, block, tuned, fitted, polished, grids, coarse, outputs)
             polished.overrides.update(found)
@@ -123,6 +123,11 @@ def _steps(graph: Graph) -> int:
     return 0 if steps < STEPS // 3 else min(steps, STEPS)
 
 
+def is_tuned(graph: Graph) -> bool:
+    """Whether polishing tunes a network, which takes one thread for most of its time."""
+    return _steps(graph) > 0
+
+
 def _first(batches: Sequence[tuple[Array, ...]], samples: int) -> Iterator[tuple[Array, ...]]:
     """Batches up to a number of samples, one at least."""
     for batch in batches:
@@ -140,7 +145,7 @@ def _mirrored(graph: Graph, batches: Sequence[tuple[Array, ...]]) -> list[tuple[
     """
     first = batches[0][0]
     is_image = len(batches[0]) == 1 and first.ndim == 4 and first.shape[1] in (1, 3, 4)
-    small = is_image and first.dtype == np.float32 and _steps(graph) > 0
+    small = is_image and first.dtype == np.float32 and is_tuned(graph)
     if not small or graph.layers[0].kind != "Conv":
         return list(batches)
     return [pair for b in batches for pair in (b, (np.ascontiguousarray(b[0][..., ::-1]),))]

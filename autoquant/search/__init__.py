@@ -22,6 +22,7 @@ from autoquant import document
 from autoquant.calibration import fixed_batch
 from autoquant.candidate import ACTIVATION_BITS, WEIGHT_BITS, Candidate
 from autoquant.compress import Artifact
+from autoquant.compress.polish import is_tuned
 from autoquant.cost.table import TableModel, to_profile
 from autoquant.errors import HardwareError, NoFeasibleMember, RunError, nearest
 from autoquant.evaluate import Evaluator
@@ -370,15 +371,17 @@ def _trials(
     if reserve == 0 or reason in ("timeout", "interrupted"):
         return
     most = min(reserve, settings.trials - len(study.results))
-    chosen = _worth_polishing(study, context, objectives, most)
+    chosen = [] if study.timed_out else _worth_polishing(study, context, objectives, most)
+    workers = (os.cpu_count() or 1) if is_tuned(context.graph) else 1
+    if chosen:
+        numbers = ", ".join(str(member.trial) for member in chosen)
+        say(f"polishing {len(chosen)} members of the front (trials {numbers})")
     try:
-        for i, member in enumerate(chosen):
-            if study.timed_out:
-                break
-            say(f"polishing trial {member.trial} ({i + 1} of {len(chosen)})")
-            result = study.polish(member.candidate)
+        for result in study.polish([m.candidate for m in chosen], workers):
             for callback in callbacks:
                 callback.trial(result)
+            if study.timed_out:
+                break
     except KeyboardInterrupt:
         return
     _run(study, context, settings, callbacks, settings.trials)

@@ -10,6 +10,7 @@ import random
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -443,17 +444,29 @@ class Study:
                 return candidate
         return None
 
-    def polish(self, candidate: Candidate) -> TrialResult:
-        """Run the polished form of a candidate as a trial of its own, here, and keep its file."""
-        number = len(self.study.get_trials(deepcopy=False))
-        found = replace(candidate, polish=True)
-        path = self.settings.folder / "artifacts" / f"{number}.onnx"
-        against = Against("polish")
-        result = run_trial(self.context, found, number, self.settings.seed, path, against)
-        self._write(result)
-        self.seen[result.candidate.key] = number
-        self._add(result)
-        return result
+    def polish(self, candidates: Sequence[Candidate], workers: int) -> Iterator[TrialResult]:
+        """Run the polished forms of candidates as trials of their own, here, and keep their
+        files; ``workers`` at a time, in order."""
+        first = len(self.study.get_trials(deepcopy=False))
+
+        def run(index: int) -> TrialResult:
+            number = first + index
+            path = self.settings.folder / "artifacts" / f"{number}.onnx"
+            found, seed = replace(candidates[index], polish=True), self.settings.seed
+            return run_trial(self.context, found, number, seed, path, Against("polish"))
+
+        with ThreadPoolExecutor(max(1, workers)) as pool:
+            futures = [pool.submit(run, index) for index in range(len(candidates))]
+            try:
+                for future in futures:
+                    result = future.result()
+                    self._write(result)
+                    self.seen[result.candidate.key] = result.trial
+                    self._add(result)
+                    yield result
+            finally:
+                for future in futures:
+                    future.cancel()
 
     def _add(self, result: TrialResult | None) -> None:
         """Let Optuna know of a trial that it was not asked for; None for one that is lost."""
