@@ -66,17 +66,21 @@ def raw_moments() -> Iterator[None]:
 @contextmanager
 def without(gain: bool = False, shift: bool = False) -> Iterator[None]:
     """The bank's corrections, one left out."""
-    found = bank_module.take_spread_and_mean
+    operand = bank_module._Operand
+    spread, moved = bank_module.take_spread_and_mean, operand.shift
 
-    def patched(values, scale, moments, variance, mean):
-        after, moved = found(values, scale, moments, variance, mean)
-        if gain:
-            rounded = values * scale.reshape(-1, 1).astype(np.float64)
-            moved = mean - bank_module.output_spread(rounded, moments)[1]
-            return scale, moved.astype(np.float32)
-        return after, np.zeros_like(moved) if shift else moved
+    def same_scale(values, scale, *about):
+        after, lost = spread(values, scale, *about)
+        return scale if gain else after, lost
 
-    with mock.patch.object(bank_module, "take_spread_and_mean", patched):
+    def no_shift(self, layer, entry):
+        found = moved(self, layer, entry)
+        return np.zeros_like(found) if shift else found
+
+    with (
+        mock.patch.object(bank_module, "take_spread_and_mean", same_scale),
+        mock.patch.object(operand, "shift", no_shift),
+    ):
         yield
 
 
