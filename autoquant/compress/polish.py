@@ -44,10 +44,10 @@ from autoquant.task import Array
 STRENGTH = 0.1  # λ: pull of the fit towards the float weight
 SAMPLES = 512  # calibration inputs that are seen
 TUNED = 4  # bits: a block is tuned if a layer of it has so many or fewer
-STEPS = 200  # of a block's tuning, fewer for larger networks
-WORK = 1.2e12  # multiply-accumulates of all tuning; where they allow under half of the steps, none
+STEPS = 300  # of a block's tuning, fewer for larger networks
+WORK = 1.2e12  # multiply-accumulates of all tuning; where they allow under 100 steps, none
 BATCH = 32
-RATE = 3e-3  # a step of the integers; of scales and biases in their own units
+RATE = 2e-3  # a step of the integers; of scales and biases in their own units
 THREADS = 1  # of torch, whatever the machine has: sums in another order are other bytes
 _HELD = 8  # one input of so many checks what is tuned on the others
 _BYTES = 512 << 20  # of a block's inputs and outputs, each
@@ -120,7 +120,7 @@ def _changes(layer: Layer, candidate: Candidate, bank: Bank) -> bool:
 def _steps(graph: Graph) -> int:
     """Steps of tuning a block; 0 where a network is too large to be tuned in a minute or two."""
     steps = int(WORK / (3 * BATCH * max(1, graph.macs)))
-    return 0 if steps < STEPS // 2 else min(steps, STEPS)
+    return 0 if steps < STEPS // 3 else min(steps, STEPS)
 
 
 def is_tuned(graph: Graph) -> bool:

@@ -64,7 +64,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Callback", "SearchSettings", "search"]
 
-POLISHED = 6  # trials of a search, at most a tenth, that polish members of the front
+POLISHED = 4  # trials of a search, at most a tenth, that polish members of the front
 OBJECTIVES = ("accuracy", "latency_ms", "size_bytes")
 _COST_LIMITS = ("max_size_bytes", "max_latency_ms", "max_energy_mj", "max_peak_memory_bytes")
 _NOT_MEASURED = dict.fromkeys(("latency_ms", "latency_median_ms", "latency_spread_ms"))
