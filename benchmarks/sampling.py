@@ -10,8 +10,9 @@ configuration follows the divergence on validation; ``default-metric`` follows t
 
 After 25, 50, 100 and 200 trials: the hypervolume on validation and, of the same members, on the
 test split (reference point: float's accuracy less five points there, half the bytes of 8-bit
-weights; 1 is float's accuracy at no bytes), and the accuracy at no more than 2.5, 3 and 4 average bits of the member that is best on validation, there
-and on the test split. The test split is read for the report alone. Scores are kept by candidate
+weights; 1 is float's accuracy at no bytes), and the accuracy at no more than 2.5, 3 and 4 average
+bits of the member that is best on validation, there and on the test split. The test split is read
+for the report alone. Scores are kept by candidate
 in a temporary folder, so that configurations share them. Then the same on a made-up problem of 60
 layers whose prior is wrong and whose layers interact. Needs AUTOQUANT_DATA for the networks.
 """
