@@ -19,6 +19,7 @@ from autoquant.search.sensitivity import (
     estimate,
     monotone,
     predicted,
+    priors,
     rank_correlation,
     sensitivity,
 )
@@ -166,6 +167,22 @@ def test_every_estimator_values_every_choice(name: str, block: tuple[Task, Conte
         assert by_choice["float"] == 0.0
         assert by_choice["2/8"] > by_choice["4/8"] > by_choice["8/8"] > 0
         assert by_choice["8/4"] > by_choice["8/8"] and by_choice["2/4"] >= by_choice["2/8"]
+
+
+def test_a_search_starts_from_two_estimates_where_there_is_a_module(
+    block: tuple[Task, Context], context: Context, tmp_path: Path
+) -> None:
+    found = priors(block[1], block[0])
+    assert list(found) == ["measured", "fisher"]
+    assert all(name == result.estimator for name, result in found.items())
+    mean = estimate(block[1], block[0], estimator="combined").table
+    for name, values in mean.items():
+        low, high = (
+            [f(pair) for pair in zip(*(r.table[name] for r in found.values()), strict=True)]
+            for f in (min, max)
+        )
+        assert all(0.99 * a <= v <= 1.01 * b for a, v, b in zip(low, values, high, strict=True))
+    assert list(priors(context, task(tmp_path))) == ["measured"]  # an ONNX file
 
 
 def test_fisher_is_near_what_a_single_change_measures(block: tuple[Task, Context]) -> None:
