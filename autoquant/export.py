@@ -22,12 +22,13 @@ from typing import Any, Final, Literal
 import numpy as np
 import onnx
 import yaml
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 from pydantic import ConfigDict, ValidationError
 
 from autoquant.candidate import Candidate, LayerChoice
 from autoquant.compress.lower import lower
-from autoquant.compress.readback import is_product, read_bits, unpack_blocks
+from autoquant.compress.qdq import TENSORRT
+from autoquant.compress.readback import read_bits, stored_weights
 from autoquant.compress.rounding import integer_range
 from autoquant.document import Document
 from autoquant.errors import PackageError, RunError, UserError
@@ -711,7 +712,7 @@ def _layer_problems(model: onnx.ModelProto, candidate: Candidate, manifest: Mani
     """Differences between layers as the file stores them and as the candidate says."""
     try:
         found = read_bits(model, candidate.layers)
-        weights = _stored_weights(model, candidate.layers)
+        weights = stored_weights(model, candidate.layers)
     except PackageError as error:
         return [f"model.onnx: {error}"]
     except Exception as error:  # a graph that autoquant did not write
@@ -728,7 +729,8 @@ def _layer_problems(model: onnx.ModelProto, candidate: Candidate, manifest: Mani
             problems.append(f"{where}: n-bit kernel or not: not as candidate.yaml says")
         if (node.op_type == "MatMulInteger") != (choice.dynamic and not choice.nbits):
             problems.append(f"{where}: range at run time or not: not as candidate.yaml says")
-        if weight_bits != choice.weight_bits:
+        as_int8 = manifest.dialect == TENSORRT and choice.weight_bits < weight_bits == 8
+        if weight_bits != choice.weight_bits and not as_int8:  # then their range is checked
             problems.append(
                 f"{where} stores weights of {weight_bits} bits, "
                 f"candidate.yaml says {choice.weight_bits}"
@@ -761,58 +763,6 @@ def _weight_problems(weight: Array, choice: LayerChoice) -> list[str]:
                 f"{choice.weight_bits} bits from {low} to {high}"
             ]
     return []
-
-
-def _stored_weights(model: onnx.ModelProto, layers: Iterable[str]) -> dict[str, Array]:
-    """The stored numbers of every layer's weight, packed ones as the file itself unpacks them.
-
-    Products of activations have none.
-    """
-    nodes = {node.name: node for node in model.graph.node}
-    producers = {name: node for node in model.graph.node for name in node.output}
-    initializers = {i.name: i for i in model.graph.initializer}
-    sources, blocked = {}, {}
-    for layer in layers:
-        node = nodes[layer]
-        if node.op_type == "MatMulNBits":
-            blocked[layer] = unpack_blocks(node, initializers)
-            continue
-        if is_product(node, producers, initializers):
-            continue
-        tensor = node.input[0 if node.op_type == "Gather" else 1]
-        while tensor in producers and producers[tensor].op_type in _TO_STORED:
-            tensor = producers[tensor].input[0]
-        sources[layer] = tensor
-    packed = [t for t in dict.fromkeys(sources.values()) if t not in initializers]
-    values = _constants(model, packed)
-    for tensor in sources.values():
-        if tensor not in values:
-            values[tensor] = numpy_helper.to_array(initializers[tensor])
-    return blocked | {layer: values[tensor] for layer, tensor in sources.items()}
-
-
-_TO_STORED = ("DequantizeLinear", "Mul", "Cast", "Transpose")  # between a weight and its layer
-
-
-def _constants(model: onnx.ModelProto, tensors: Sequence[str]) -> dict[str, Array]:
-    """Values of int8 ``tensors`` that follow from initializers alone, computed by onnxruntime."""
-    if not tensors:
-        return {}
-    needed, nodes = set(tensors), []
-    for node in reversed(model.graph.node):
-        if needed & set(node.output):
-            nodes.append(node)
-            needed |= set(node.input)
-    graph = helper.make_graph(
-        nodes[::-1],
-        "weights",
-        [],
-        [helper.make_tensor_value_info(t, TensorProto.INT8, None) for t in tensors],
-        [i for i in model.graph.initializer if i.name in needed],
-    )
-    part = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
-    values = OnnxRuntime().open(part.SerializeToString()).run([])
-    return dict(zip(tensors, values, strict=True))
 
 
 def _exists_only_quantized(model: onnx.ModelProto, tensor: str) -> bool:
