@@ -26,7 +26,8 @@ def pooled() -> Network:
     w = Weights(11)
     model = build(
         [
-            node("Conv", ["x", "conv.weight", "conv.bias"], ["c"], strides=[2, 1], pads=[1, 0, 1, 1]),
+            node("Conv", ["x", "conv.weight", "conv.bias"], ["c"], strides=[2, 1],
+                 pads=[1, 0, 1, 1]),
             node("Relu", ["c"], ["r"]),
             node("MaxPool", ["r"], ["m"], kernel_shape=[2, 2], strides=[1, 1]),
             node("AveragePool", ["m"], ["a"], kernel_shape=[2, 3], strides=[1, 2]),
@@ -121,6 +122,70 @@ def test_networks_agree(name: str, bits: tuple[int, int], tmp_path: Path) -> Non
     assert np.array_equal(first.argmax(1)[clear], second.argmax(1)[clear])
 
 
+def stages(model: onnx.ModelProto) -> list[onnx.ModelProto]:
+    """The part of a graph from each 8-bit tensor to the one that is made of it alone."""
+    producers = {name: n for n in model.graph.node for name in n.output}
+    initializers = {i.name for i in model.graph.initializer}
+    found = []
+    for last in model.graph.node:
+        if last.op_type != "DequantizeLinear" or not last.input[0].endswith(".q"):
+            continue
+        todo, sources = [producers[last.input[0]].input[0]], set()
+        while todo:
+            name = todo.pop()
+            made = producers.get(name)
+            if made is None or (made.op_type == "DequantizeLinear" and made.input[0] in producers):
+                if made is not None and made.input[0].endswith(".q"):
+                    sources.add(made.input[0])
+            elif name not in initializers:
+                todo += made.input
+        if len(sources) != 1:
+            continue
+        (source,) = sources
+        part = onnx.ModelProto()
+        part.CopyFrom(model)
+        needed, nodes = {last.output[0]}, []
+        for made in reversed(model.graph.node):
+            if needed & set(made.output):
+                nodes.append(made)
+                needed |= set(made.input) if source not in made.output else set(made.input[1:])
+        del part.graph.node[:], part.graph.input[:], part.graph.output[:]
+        part.graph.node.extend(nodes[::-1])
+        entry = producers[source].input[0]
+        shapes = onnx.shape_inference.infer_shapes(model).graph
+        known = {v.name: v for v in (*shapes.value_info, *shapes.input, *shapes.output)}
+        part.graph.input.append(known[entry])
+        part.graph.output.append(
+            onnx.helper.make_tensor_value_info(last.output[0], onnx.TensorProto.FLOAT, None)
+        )
+        found.append(part)
+    return found
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["residual", "pooled"])
+def test_every_requantization_is_within_one_step(name: str, tmp_path: Path) -> None:
+    """Each layer alone, on the inputs that onnxruntime has there."""
+    net = ALL[name]()
+    model = net.assemble(net.uniform(8, 8))
+    parts, checked = stages(model), 0
+    assert len(parts) >= 4
+    for i, part in enumerate(parts):
+        entry = part.graph.input[0].name
+        whole = onnx.ModelProto()
+        whole.CopyFrom(model)
+        if entry != "x":
+            whole.graph.output.append(part.graph.input[0])
+        values = run(whole, *net.inputs)[-1] if entry != "x" else net.inputs[0]
+        expected = run(part, values)[0]
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        found = executed(compiled(part, folder), values, expected.shape)
+        assert np.abs(np.round((found - expected) / output_step(part))).max() <= 1
+        checked += 1
+    assert checked == len(parts)
+
+
 @needs_compiler
 def test_narrow_activations_are_requantized(tmp_path: Path) -> None:
     net = NETWORKS["chain"]()
@@ -169,4 +234,3 @@ def test_what_has_no_s8_kernel_is_named(
 def test_the_package_holds_the_c_files() -> None:
     files = header_files(NETWORKS["conv2d"]().assemble(NETWORKS["conv2d"]().uniform(8, 8)))
     assert set(files) == {"model.h", "autoquant_ref.h", "main.c"}
-    assert run is not None

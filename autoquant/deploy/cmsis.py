@@ -99,7 +99,7 @@ class _Header:
             output = self.tensors[last.input[0]]
             self.buffers[output.buffer].death = len(self.calls)
             return self._written(output, [output.scale])
-        return self._written(None, self._accumulators())
+        return self._written(None, self._accumulators().tolist())
 
     # reading
 
@@ -316,7 +316,9 @@ class _Header:
         ones = (1,) * 4 + (0, 0, 1, 1, 1)
         return self._struct((1, 1, source.size, 1, 1, outputs, *ones, -source.zero, zero, *limits))
 
-    def _product(self, node: onnx.NodeProto, source: _Tensor, bias: Array | None, tag: int) -> Array:
+    def _product(
+        self, node: onnx.NodeProto, source: _Tensor, bias: Array | None, tag: int
+    ) -> Array:
         """Weights of a product as (outputs, inputs), inputs in HWC order; its scales."""
         found, weight = attributes(node), self.weights[node.name]
         odd = found.get("transA", 0) or any(found.get(k, 1.0) != 1.0 for k in ("alpha", "beta"))
