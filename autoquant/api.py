@@ -115,14 +115,14 @@ def search(
         raise
 
 
-def export(member: Member, folder: str | Path) -> Path:
+def export(member: Member, folder: str | Path, *, precompiled: bool = False) -> Path:
     """Write a member's deployment package to a new folder and return it.
 
     Raises RunError where the run is gone or the folder is not empty.
     """
     from autoquant.export import export as write_package
 
-    return write_package(member, folder)
+    return write_package(member, folder, precompiled=precompiled)
 
 
 def verify(folder: str | Path, task: Task | str | None = None, data: str | None = None) -> Any:

@@ -232,6 +232,9 @@ def export(
     max_size_bytes: Annotated[
         int | None, typer.Option(metavar="N", help="the most accurate within this size")
     ] = None,
+    precompiled: Annotated[
+        bool, typer.Option("--precompiled", help="also what onnxruntime makes of it here")
+    ] = False,
     runs_dir: RunsDir = RUNS,
     as_json: Json = False,
 ) -> None:
@@ -249,7 +252,7 @@ def export(
             max_drop=max_drop, max_latency_ms=max_latency_ms, max_size_bytes=max_size_bytes
         )
     )
-    folder = api.export(member, output)
+    folder = api.export(member, output, precompiled=precompiled)
     if as_json:
         _print_json({"package": str(folder), **member.to_dict()})
     else:

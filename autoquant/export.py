@@ -1,8 +1,9 @@
 """The deployment package: write it for one member of a front, and check one again.
 
 A package is a folder: ``model.onnx``, ``candidate.yaml``, ``manifest.json``, ``sample.npz``,
-``run.py``, ``README.md``. The manifest holds the SHA-256 of every other file and what the model
-claims to be. `verify` trusts none of it: it reads bits and shapes back from the model and runs it.
+``run.py``, ``README.md``, and the files of the formats that the device's profile names (`deploy`).
+The manifest holds the SHA-256 of every other file and what the model claims to be. `verify` trusts
+none of it: it reads bits and shapes back from the model, makes the formats again, and runs it.
 """
 
 from __future__ import annotations
@@ -22,15 +23,18 @@ from typing import Any, Final, Literal
 import numpy as np
 import onnx
 import yaml
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 from pydantic import ConfigDict, ValidationError
 
 from autoquant.candidate import Candidate, LayerChoice
 from autoquant.compress.lower import lower
-from autoquant.compress.readback import is_product, read_bits, unpack_blocks
+from autoquant.compress.qdq import TENSORRT
+from autoquant.compress.readback import read_bits, stored_weights
 from autoquant.compress.rounding import integer_range
+from autoquant.deploy import FORMATS, PRECOMPILED
+from autoquant.deploy.tensorrt import check_tensorrt
 from autoquant.document import Document
-from autoquant.errors import PackageError, RunError, UserError
+from autoquant.errors import PackageError, RunError, UserError, nearest
 from autoquant.front import Front, Member
 from autoquant.graph import LAYER_KINDS
 from autoquant.hardware import Hardware
@@ -74,7 +78,8 @@ class Manifest(_Strict):
 
     ``files``: name → SHA-256. ``searched``, ``predicted``, ``verified`` and ``baseline`` are as
     in ``front.json``. ``session_config``: session options that the model needs to be what it
-    claims. ``tolerance``: for each output the largest absolute difference from ``sample.npz`` on
+    claims. ``formats``: the forms that it has for other runtimes. ``tolerance``: for each output
+    the largest absolute difference from ``sample.npz`` on
     another ``machine`` than the one that recorded it.
     """
 
@@ -88,6 +93,7 @@ class Manifest(_Strict):
     dialect: str
     metric: str
     files: dict[str, str]
+    formats: tuple[str, ...] = ()
     size_bytes: int
     opset: int
     ir_version: int
@@ -107,11 +113,19 @@ class Manifest(_Strict):
 # --- writing ---------------------------------------------------------------------------------
 
 
-def export(member: Member, folder: str | Path, *, front: Front | None = None) -> Path:
+def export(
+    member: Member,
+    folder: str | Path,
+    *,
+    front: Front | None = None,
+    precompiled: bool = False,
+) -> Path:
     """Write the package of one member of a run and return its folder.
 
     ``folder`` is made; it must not exist or be empty. The package is checked as `verify` does
     and then moved into place at once. Without ``front`` that of the member's run is read.
+    Formats of the device that cannot say this member are left out; its README says why.
+    ``precompiled``: also the graph as onnxruntime optimizes it for this machine.
     Raises RunError: the folder is in use or cannot be written, or the run lacks the artifact,
     has another one than was scored, or has no sample inputs.
     """
@@ -124,12 +138,20 @@ def export(member: Member, folder: str | Path, *, front: Front | None = None) ->
     source = _Source.read(front, member)
     model, session = _parsed(source.model), OnnxRuntime().open(source.model)
     sample, tolerance = _sample(source.folder / "inputs.npz", session, member.candidate)
+    if source.dialect == TENSORRT:
+        problems = check_tensorrt(model)
+        if problems:
+            raise RunError(f"{source.artifact}: TensorRT would refuse it: {_few(problems)}")
+    extra, missing = _formats(source.formats, model)
+    if precompiled:
+        extra[PRECOMPILED] = _precompiled(source.model)
     contents = {
         "model.onnx": source.model,
         "candidate.yaml": _yaml(member.candidate.to_dict()),
         "sample.npz": _npz(sample),
         "run.py": _SCRIPT.encode(),
-        "README.md": _readme(front, member).encode(),
+        "README.md": (_readme(front, member) + _uses(extra, missing, source.dialect)).encode(),
+        **extra,
     }
     nodes = {node.name: node for node in model.graph.node}
     manifest = Manifest(
@@ -143,6 +165,7 @@ def export(member: Member, folder: str | Path, *, front: Front | None = None) ->
         dialect=source.dialect,
         metric=member.searched.metric,
         files={name: hashlib.sha256(data).hexdigest() for name, data in contents.items()},
+        formats=tuple(name for name in source.formats if name not in missing),
         size_bytes=len(source.model),
         session_config=dict(SESSION_CONFIG),
         layers={
@@ -170,6 +193,28 @@ def export(member: Member, folder: str | Path, *, front: Front | None = None) ->
     except OSError as error:
         raise RunError(f"{target}: cannot be written: {error.strerror or error}") from None
     return target
+
+
+def _formats(
+    names: Sequence[str], model: onnx.ModelProto
+) -> tuple[dict[str, bytes], dict[str, str]]:
+    """Files of the formats, and the reasons of those that cannot say this model."""
+    files: dict[str, bytes] = {}
+    missing: dict[str, str] = {}
+    for name in names:
+        try:
+            files |= FORMATS[name].make(model)
+        except RunError as error:
+            missing[name] = str(error)
+    return files, missing
+
+
+def _precompiled(model: bytes) -> bytes:
+    """The graph that onnxruntime runs on this machine."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / PRECOMPILED
+        OnnxRuntime().open(model, optimized=path)
+        return path.read_bytes()
 
 
 def _free(target: Path) -> Path:
@@ -206,6 +251,7 @@ class _Source:
     artifact: Path
     model: bytes
     dialect: str
+    formats: tuple[str, ...]
     versions: dict[str, str]
 
     @classmethod
@@ -233,7 +279,7 @@ class _Source:
         study = _mapping(folder / "study.yaml")
         environment = _mapping(folder / "environment.json")
         try:
-            dialect = Hardware.model_validate(study["hardware"]).dialect
+            hardware = Hardware.model_validate(study["hardware"])
             versions = {
                 "python": str(environment["python"]),
                 **{str(k): str(v) for k, v in environment["versions"].items()},
@@ -242,7 +288,7 @@ class _Source:
         except (KeyError, AttributeError, ValidationError) as error:
             reason = " ".join(str(error).split())[:200]
             raise RunError(f"{folder}: study.yaml or environment.json lack: {reason}") from None
-        return cls(folder, path, model, dialect, versions)
+        return cls(folder, path, model, hardware.dialect, tuple(hardware.formats), versions)
 
 
 def _trial_line(path: Path, trial: int) -> dict[str, Any]:
@@ -449,6 +495,25 @@ that `manifest.json` says.
 """
 
 
+def _uses(extra: Mapping[str, bytes], missing: Mapping[str, str], dialect: str) -> str:
+    """How to run the other files of the package."""
+    parts = []
+    if dialect == TENSORRT:
+        parts.append(
+            "`model.onnx` is quantized as TensorRT reads it (int8 around zero, explicit Q/DQ):\n\n"
+            "```sh\ntrtexec --onnx=model.onnx --stronglyTyped --saveEngine=model.engine\n```\n"
+        )
+    parts += [f.use for f in FORMATS.values() if f.files[0] in extra]
+    parts += [f"There is no {name}: {reason}.\n" for name, reason in missing.items()]
+    if PRECOMPILED in extra:
+        parts.append(
+            f"`{PRECOMPILED}` is what onnxruntime makes of `model.onnx` when it opens it on the\n"
+            "machine that the manifest describes, and is for that one alone. Open it with\n"
+            "`options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL`.\n"
+        )
+    return "".join(f"\n{part}" for part in parts)
+
+
 # --- checking --------------------------------------------------------------------------------
 
 
@@ -494,6 +559,13 @@ def _check(folder: Path, task: Task | None) -> tuple[list[dict[str, Any]], dict[
     _raise(_layer_problems(model, candidate, manifest))
     passed("bits", f"weights and activations of {len(candidate.layers)} layers, from the model")
     passed("outputs", _compare_outputs(contents["sample.npz"], session, candidate, manifest))
+    if manifest.dialect == TENSORRT:
+        _raise([f"model.onnx: TensorRT would refuse it: {p}" for p in check_tensorrt(model)])
+        passed("tensorrt", "nothing in the graph that TensorRT would refuse")
+    for name in manifest.formats:
+        passed(name, _format_detail(name, model, contents, manifest))
+    if PRECOMPILED in contents:
+        passed("precompiled", _precompiled_detail(contents, manifest))
     accuracy = None
     if task is not None:
         accuracy = _accuracy(task, session, manifest)
@@ -508,8 +580,12 @@ def _check(folder: Path, task: Task | None) -> tuple[list[dict[str, Any]], dict[
 def _raise(problems: Sequence[str]) -> None:
     """Raise PackageError with the first few of ``problems``, if there are any."""
     if problems:
-        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise PackageError("; ".join(problems[:4]) + more)
+        raise PackageError(_few(problems))
+
+
+def _few(problems: Sequence[str]) -> str:
+    more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
+    return "; ".join(problems[:4]) + more
 
 
 def _one_line(error: Exception) -> str:
@@ -554,17 +630,22 @@ def _regular(path: Path) -> bytes:
 
 def _read_files(folder: Path, manifest: Manifest) -> dict[str, bytes]:
     """The package's files, by the names that a package has and no others."""
-    problems = [f"{MANIFEST}: files lacks {n}" for n in FILES if n not in manifest.files]
-    problems += [f"{MANIFEST}: files has {n!r}" for n in manifest.files if n not in FILES]
+    unknown = [n for n in manifest.formats if n not in FORMATS]
+    _raise([f"{MANIFEST}: formats: unknown {n!r}; {nearest(n, FORMATS)}" for n in unknown])
+    names = [*FILES, *(n for format in manifest.formats for n in FORMATS[format].files)]
+    problems = [f"{MANIFEST}: files lacks {n}" for n in names if n not in manifest.files]
+    if PRECOMPILED in manifest.files:
+        names.append(PRECOMPILED)
+    problems += [f"{MANIFEST}: files has {n!r}" for n in manifest.files if n not in names]
     _raise(problems)
-    known = {*FILES, MANIFEST}
+    known = {*names, MANIFEST}
     problems = [
         f"{path.name}: does not belong to the package"
         for path in sorted(folder.iterdir())
         if path.name not in known and not path.name.startswith(".")  # as editors and shares leave
     ]
     contents = {}
-    for name in FILES:
+    for name in names:
         try:
             contents[name] = _regular(folder / name)
         except FileNotFoundError:
@@ -711,7 +792,7 @@ def _layer_problems(model: onnx.ModelProto, candidate: Candidate, manifest: Mani
     """Differences between layers as the file stores them and as the candidate says."""
     try:
         found = read_bits(model, candidate.layers)
-        weights = _stored_weights(model, candidate.layers)
+        weights = stored_weights(model, candidate.layers)
     except PackageError as error:
         return [f"model.onnx: {error}"]
     except Exception as error:  # a graph that autoquant did not write
@@ -728,7 +809,8 @@ def _layer_problems(model: onnx.ModelProto, candidate: Candidate, manifest: Mani
             problems.append(f"{where}: n-bit kernel or not: not as candidate.yaml says")
         if (node.op_type == "MatMulInteger") != (choice.dynamic and not choice.nbits):
             problems.append(f"{where}: range at run time or not: not as candidate.yaml says")
-        if weight_bits != choice.weight_bits:
+        as_int8 = manifest.dialect == TENSORRT and choice.weight_bits < weight_bits == 8
+        if weight_bits != choice.weight_bits and not as_int8:  # then their range is checked
             problems.append(
                 f"{where} stores weights of {weight_bits} bits, "
                 f"candidate.yaml says {choice.weight_bits}"
@@ -761,58 +843,6 @@ def _weight_problems(weight: Array, choice: LayerChoice) -> list[str]:
                 f"{choice.weight_bits} bits from {low} to {high}"
             ]
     return []
-
-
-def _stored_weights(model: onnx.ModelProto, layers: Iterable[str]) -> dict[str, Array]:
-    """The stored numbers of every layer's weight, packed ones as the file itself unpacks them.
-
-    Products of activations have none.
-    """
-    nodes = {node.name: node for node in model.graph.node}
-    producers = {name: node for node in model.graph.node for name in node.output}
-    initializers = {i.name: i for i in model.graph.initializer}
-    sources, blocked = {}, {}
-    for layer in layers:
-        node = nodes[layer]
-        if node.op_type == "MatMulNBits":
-            blocked[layer] = unpack_blocks(node, initializers)
-            continue
-        if is_product(node, producers, initializers):
-            continue
-        tensor = node.input[0 if node.op_type == "Gather" else 1]
-        while tensor in producers and producers[tensor].op_type in _TO_STORED:
-            tensor = producers[tensor].input[0]
-        sources[layer] = tensor
-    packed = [t for t in dict.fromkeys(sources.values()) if t not in initializers]
-    values = _constants(model, packed)
-    for tensor in sources.values():
-        if tensor not in values:
-            values[tensor] = numpy_helper.to_array(initializers[tensor])
-    return blocked | {layer: values[tensor] for layer, tensor in sources.items()}
-
-
-_TO_STORED = ("DequantizeLinear", "Mul", "Cast", "Transpose")  # between a weight and its layer
-
-
-def _constants(model: onnx.ModelProto, tensors: Sequence[str]) -> dict[str, Array]:
-    """Values of int8 ``tensors`` that follow from initializers alone, computed by onnxruntime."""
-    if not tensors:
-        return {}
-    needed, nodes = set(tensors), []
-    for node in reversed(model.graph.node):
-        if needed & set(node.output):
-            nodes.append(node)
-            needed |= set(node.input)
-    graph = helper.make_graph(
-        nodes[::-1],
-        "weights",
-        [],
-        [helper.make_tensor_value_info(t, TensorProto.INT8, None) for t in tensors],
-        [i for i in model.graph.initializer if i.name in needed],
-    )
-    part = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
-    values = OnnxRuntime().open(part.SerializeToString()).run([])
-    return dict(zip(tensors, values, strict=True))
 
 
 def _exists_only_quantized(model: onnx.ModelProto, tensor: str) -> bool:
@@ -876,6 +906,42 @@ def _compare_outputs(
     if exact:
         return f"{rows} samples give exactly the recorded outputs"
     return f"{rows} samples within {worst:.3g} of the outputs recorded on {manifest.machine['cpu']}"
+
+
+def _format_detail(
+    name: str, model: onnx.ModelProto, contents: Mapping[str, bytes], manifest: Manifest
+) -> str:
+    """Whether a format's files are those that follow from the model. Raises PackageError."""
+    names = ", ".join(FORMATS[name].files)
+    if manifest.autoquant != describe_environment()["versions"]["autoquant"]:
+        return f"{names}: unchanged since autoquant {manifest.autoquant} wrote them"
+    try:
+        files = FORMATS[name].make(model)
+    except UserError as error:
+        raise PackageError(f"model.onnx: has no {name}: {error}") from None
+    _raise([f"{n}: does not follow from model.onnx" for n in files if files[n] != contents[n]])
+    return f"{names}: follow from model.onnx"
+
+
+def _precompiled_detail(contents: Mapping[str, bytes], manifest: Manifest) -> str:
+    """Run the precompiled graph on the machine that it is for. Raises PackageError."""
+    if _machine() != manifest.machine:
+        return f"{PRECOMPILED} is for {manifest.machine['cpu']}, so it was not run"
+    try:
+        session = OnnxRuntime().open(contents[PRECOMPILED], optimize=False)
+        arrays = _arrays(contents["sample.npz"])
+        outputs = _outputs(session, arrays)
+    except Exception as error:
+        raise PackageError(f"{PRECOMPILED}: cannot be run: {_one_line(error)}") from None
+    problems = []
+    for name, value in outputs.items():
+        difference = _difference(value, arrays[name])
+        if not difference <= manifest.tolerance[name]:
+            problems.append(
+                f"{PRECOMPILED}: output {name!r} differs from the recorded one by {difference:.3g}"
+            )
+    _raise(problems)
+    return f"{PRECOMPILED} gives the recorded outputs"
 
 
 def _misfit(spec: TensorSpec, array: Array) -> list[str]:

@@ -192,6 +192,7 @@ class LatencyModel(document.Document):
 class Hardware(document.Document):
     """A device: the runtime that executes an artifact, its dialect, its kernels.
 
+    ``formats``: what a package for it holds beside the ONNX file (see `deploy.FORMATS`).
     ``latency``: ``measured`` on this machine, or ``analytic``, predicted from ``device`` and the
     kernels' rates for a device that is elsewhere. ``runtime`` scores the artifacts either way.
     """
@@ -200,6 +201,7 @@ class Hardware(document.Document):
     description: str = ""
     runtime: Literal["onnxruntime"] = "onnxruntime"
     dialect: Literal["onnxruntime", "openvino", "tensorrt"] = "onnxruntime"
+    formats: tuple[Literal["encodings", "c-header"], ...] = ()
     latency: Literal["measured", "analytic"] = "measured"
     kernels: tuple[Kernel, ...] = Field(min_length=1)
     model: LatencyModel | None = None

@@ -389,7 +389,9 @@ def test_an_edited_n_bit_kernel_is_noticed(change: str) -> None:
     candidate = net.resolved({"query": choice, "mix": LayerChoice(32, 8)})
     model = net.assemble(candidate)
     kinds = {n.name: n.op_type for n in model.graph.node}
-    stated = SimpleNamespace(layers={n: SimpleNamespace(kind=kinds[n]) for n in candidate.layers})
+    stated = SimpleNamespace(
+        dialect="onnxruntime", layers={n: SimpleNamespace(kind=kinds[n]) for n in candidate.layers}
+    )
     assert not _layer_problems(model, candidate, stated)  # type: ignore[arg-type]
     (layer,) = (n for n in model.graph.node if n.op_type == "MatMulNBits")
     (attribute,) = (a for a in layer.attribute if a.name == change)

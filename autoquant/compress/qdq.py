@@ -10,6 +10,10 @@ tensors is quantized too; reshapes, slices and max-pools carry the grid of their
 are int32. Weights of 2…7 bits are packed planes in one blob a width, joined by standard
 operators that fold into int8 at load. Activations below 8 bits are clipped in float first,
 since ONNX Runtime has no narrower kernel.
+
+The dialect ``tensorrt`` follows TensorRT's explicit quantization: every grid is int8 with zero
+point 0, biases stay float, weights of 2…8 bits are int8 initializers in front of a
+DequantizeLinear, and stored weights of a float layer are int4 in blocks; see `refusal`.
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ from autoquant.task import Array
 NBITS_DOMAIN = "com.microsoft"
 DIALECTS = ("onnxruntime", "openvino", "tensorrt")
 INT8_KINDS = ("Conv", "Gemm", "MatMul")
+TENSORRT = "tensorrt"
 _MOVES = (
     "MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Pad"
 )  # fmt: skip
@@ -178,6 +183,32 @@ def nbits_mode(choice: LayerChoice) -> str:
     return f"nbits{choice.weight_bits}b{block_size(choice.granularity)}{inputs}"
 
 
+def refusal(layer: Layer, choice: LayerChoice, dialect: str) -> str | None:
+    """Why a dialect does not have a choice; None where it has.
+
+    TensorRT: NVIDIA, "Working with Quantized Types": int8 activations and weights, or int4
+    weights alone, in blocks that divide the inputs of a product.
+    """
+    if choice.nbits and dialect != "onnxruntime":
+        return f"nbits is for onnxruntime; dialect {dialect!r} has no such kernel"
+    if dialect != TENSORRT:
+        return None
+    how, block = mode(layer, choice), block_size(choice.granularity)
+    if how == "dynamic":
+        return "dynamic is not for TensorRT, which takes no ranges at run time"
+    if choice.activation_bits == 16 or choice.int16:
+        return "TensorRT has no int16; give 8 bits, float16 weights or float"
+    if how != "weight-only" or choice.weight_bits > 8:
+        return None
+    fits = block and (layer.parameters // layer.channels) % block == 0
+    if layer.kind in ("Gemm", "MatMul") and choice.weight_bits == 4 and fits:
+        return None
+    return (
+        "TensorRT keeps weights of a float layer in 4 bits, in blocks that divide the inputs of "
+        "a Gemm or MatMul; or in 16"
+    )
+
+
 def plan(graph: Graph, candidate: Candidate, dialect: str = "onnxruntime") -> Plan:
     """Decide every tensor's precision. ``candidate`` must be resolved."""
     result = Plan()
@@ -190,7 +221,7 @@ def plan(graph: Graph, candidate: Candidate, dialect: str = "onnxruntime") -> Pl
                 wanted.update(layer.inputs)
             else:
                 result.narrow[layer.input].add(choice.activation_bits)
-            if choice.symmetric or dialect == "tensorrt":
+            if choice.symmetric or dialect == TENSORRT:
                 result.symmetric.update(layer.inputs)
         relu = [graph.nodes[i].op_type for i in layer.absorbed] == ["Relu"]
         if result.modes[layer.name] == "int8" and (
@@ -199,7 +230,7 @@ def plan(graph: Graph, candidate: Candidate, dialect: str = "onnxruntime") -> Pl
             wanted.add(layer.output)
             result.int8_nodes.add(graph.producer[layer.output])
             result.int8_nodes.add(layer.node)
-            if dialect == "tensorrt":
+            if dialect == TENSORRT:
                 result.symmetric.add(layer.output)
     owned = {i for x in graph.layers for i in (x.node, *x.absorbed)}
     lazy: dict[str, tuple[int, str]] = {}  # could be quantized: (node, input that it follows)
@@ -270,16 +301,14 @@ def _keeps_zero(graph: Graph, node: onnx.NodeProto) -> bool:
 def grid(calibration: Calibration, tensor: str, bits: int, symmetric: bool, dialect: str) -> Grid:
     """The grid of an activation at ``bits``; zero is always exact (Jacob et al. 2018)."""
     low, high = calibration.range(tensor, bits)
-    levels = 2**bits - 1
-    signed = dialect == "tensorrt" and bits == 8
-    if symmetric and (low < 0 or signed):  # without negative values, unsigned is symmetric
-        peak = max(-low, high)
-        half = 2 ** (bits - 1)
-        zero = 0 if signed else half
-        scale = _float32(peak / (half - 1))
-        return Grid(
-            scale, zero, zero - half + 1, zero + half - 1, "int8" if signed else _kind(bits)
-        )
+    levels, half = 2**bits - 1, 2 ** (bits - 1)
+    if dialect == TENSORRT:  # below 8 bits, values without sign may use every code
+        top = levels if low >= 0 and bits < 8 else half - 1
+        least = 0 if low >= 0 else -top
+        return Grid(_float32(max(-low, high) / top), 0, least, top, "int8")
+    if symmetric and low < 0:  # without negative values, unsigned is symmetric
+        scale = _float32(max(-low, high) / (half - 1))
+        return Grid(scale, half, 1, levels, _kind(bits))
     scale = _float32((high - low) / levels)
     zero = int(np.clip(round(-low / scale), 0, levels))
     return Grid(scale, zero, 0, levels, _kind(bits))
@@ -291,8 +320,11 @@ def tensor_grid(
     """The grid that the artifact has for a tensor: that of its root, inside the root's Clip."""
     root = found.roots.get(tensor, tensor)
     if from_softmax(graph, root):
+        if dialect == TENSORRT:
+            top = min(2**bits - 1, 127)
+            return Grid(_float32(1 / top), 0, 0, top, "int8")
         return Grid(_float32(1 / (2**bits - 1)), 0, 0, 2**bits - 1, _kind(bits))
-    symmetric = root in found.symmetric or dialect == "tensorrt"
+    symmetric = root in found.symmetric or dialect == TENSORRT
     result = grid(calibration, root, bits, symmetric, dialect)
     producer = graph.producer.get(root)
     if producer is None:
@@ -342,15 +374,12 @@ def assemble(
 
     Raises CandidateError for what the dialect does not have.
     """
+    if dialect not in DIALECTS:
+        raise CandidateError(f"dialect {dialect!r}; {nearest(dialect, DIALECTS)}")
     for name, choice in candidate.layers.items():
-        if choice.nbits and dialect != "onnxruntime":
-            raise CandidateError(
-                f"layer {name!r}: nbits is for onnxruntime; dialect {dialect!r} has no such kernel"
-            )
-    if dialect not in ("onnxruntime", "openvino"):
-        raise CandidateError(
-            f"dialect {dialect!r} is not supported by this version; it can be onnxruntime, openvino"
-        )
+        reason = refusal(graph.by_name[name], choice, dialect)
+        if reason is not None:
+            raise CandidateError(f"layer {name!r}: {reason}")
     return _Writer(graph, candidate, calibration, bank, dialect).write()
 
 
@@ -468,13 +497,20 @@ class _Writer:
             self._dynamic(layer, choice, node)
         elif how == "int8":
             found = self._grid(layer.input, choice.activation_bits)
-            entry = self._entry(layer, choice, found.scale)
+            is_float = self.dialect == TENSORRT  # its kernels add the bias in float
+            entry = (
+                self.bank.get(layer, choice)
+                if is_float
+                else self._entry(layer, choice, found.scale)
+            )
             node.input[1] = self._int8_weight(layer, self._weight(layer, choice, entry), entry)
             bias = self._shifted_bias(layer, entry)
             if layer.kind == "MatMul":
                 self._shift_after(layer, entry)
-            elif bias is not None:
+            elif bias is not None and not is_float:
                 _set_bias(node, self._bias(layer, bias, entry, found.scale))
+            elif bias is not None and entry.shift is not None:
+                _set_bias(node, self._named(f"{layer.name}.b", bias))
             self.nodes.append(node)
         else:
             if choice.weight_bits < 32:
@@ -515,7 +551,7 @@ class _Writer:
         name = self._stem(layer, choice)
         if entry is not self.bank.get(layer, choice):  # this layer's own
             name = f"{name}.{layer.name}"
-        if choice.weight_bits in PLANES:
+        if choice.weight_bits in PLANES and self.dialect != TENSORRT:
             self.packed[choice.weight_bits][name] = entry
         elif name not in self.initializers:
             self.initializers[name] = numpy_helper.from_array(entry.values, name)
@@ -578,6 +614,8 @@ class _Writer:
             self._node("Cast", [half], name, to=TensorProto.FLOAT)
             return name
         entry = self.bank.get(layer, choice)
+        if self.dialect == TENSORRT:
+            return self._int4_weight(layer, choice, entry, name)
         weight = self._weight(layer, choice, entry)
         if entry.block:
             scale = self._block_scale(layer, weight, entry)
@@ -586,6 +624,25 @@ class _Writer:
             scale = self._named(f"{weight}.fs", shaped if len(entry.scale) > 1 else entry.scale)
         self._node("Cast", [weight], f"{weight}.c", to=TensorProto.FLOAT)
         self._node("Mul", [f"{weight}.c", scale], name)
+        return name
+
+    def _int4_weight(
+        self, layer: Layer, choice: LayerChoice, entry: QuantizedWeight, name: str
+    ) -> str:
+        """int4 weights of a product in blocks along its inputs, as TensorRT reads them.
+
+        Stored as (channels, K): of blocks along the first axis onnxruntime makes MatMulNBits,
+        which rounds the activations to 8 bits.
+        """
+        from ml_dtypes import int4
+
+        stem = self._stem(layer, choice)
+        weight = self._named(stem, entry.matrix().astype(int4))
+        scale = self._named(f"{stem}.fs", entry.scale)
+        view = f"{stem}.ft" if layer.channel_axis else name
+        self._node("DequantizeLinear", [weight, scale], view, axis=1, block_size=entry.block)
+        if layer.channel_axis:
+            self._node("Transpose", [view], name, perm=[1, 0])
         return name
 
     def _block_scale(self, layer: Layer, weight: str, entry: QuantizedWeight) -> str:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from autoquant.compress.bank import PLANES, unpack
 from autoquant.errors import PackageError
+from autoquant.runtime import OnnxRuntime
 from autoquant.task import Array
 
 
 def read_bits(model: onnx.ModelProto, layers: Iterable[str]) -> dict[str, tuple[int, int]]:
     """(weight_bits, activation_bits) of every named layer, from the graph alone.
+
+    In the dialect ``tensorrt`` weights of 2…8 bits all read as 8: the file keeps them as int8.
 
     Weights: the packed planes, integers or floats that the layer's weight comes from.
     Activations: the levels of the grid that its input is on; a float layer whose input exists
@@ -84,6 +87,7 @@ def _stored_bits(
         TensorProto.FLOAT16: 16,
         TensorProto.INT16: 16,
         TensorProto.INT8: 8,
+        TensorProto.INT4: 4,
     }
     while tensor not in initializers:
         node = producers.get(tensor)
@@ -181,3 +185,61 @@ def unpack_blocks(node: onnx.NodeProto, initializers: Mapping[str, TensorProto])
     fields = ((packed[..., None] >> places) & (2**bits - 1)).reshape(found["N"], -1)
     signed = fields[:, : found["K"]].astype(np.int16) - 2 ** (bits - 1)
     return np.asarray(signed.astype(np.int8))
+
+
+def stored_weights(model: onnx.ModelProto, layers: Iterable[str]) -> dict[str, Array]:
+    """The stored numbers of every layer's weight, packed ones as the file itself unpacks them.
+
+    Products of activations have none.
+    """
+    from ml_dtypes import int4
+
+    nodes = {node.name: node for node in model.graph.node}
+    producers = {name: node for node in model.graph.node for name in node.output}
+    initializers = {i.name: i for i in model.graph.initializer}
+    sources, blocked = {}, {}
+    for layer in layers:
+        node = nodes[layer]
+        if node.op_type == "MatMulNBits":
+            blocked[layer] = unpack_blocks(node, initializers)
+            continue
+        if is_product(node, producers, initializers):
+            continue
+        tensor = node.input[0 if node.op_type == "Gather" else 1]
+        while tensor in producers and producers[tensor].op_type in _TO_STORED:
+            tensor = producers[tensor].input[0]
+        sources[layer] = tensor
+    packed = [t for t in dict.fromkeys(sources.values()) if t not in initializers]
+    values = constants(model, packed)
+    for tensor in sources.values():
+        if tensor not in values:
+            found = numpy_helper.to_array(initializers[tensor])
+            values[tensor] = found.astype(np.int8) if found.dtype == int4 else found
+    return blocked | {layer: values[tensor] for layer, tensor in sources.items()}
+
+
+_TO_STORED = ("DequantizeLinear", "Mul", "Cast", "Transpose")  # between a weight and its layer
+
+
+def constants(
+    model: onnx.ModelProto, tensors: Sequence[str], dtype: int = TensorProto.INT8
+) -> dict[str, Array]:
+    """Values of ``tensors``, all of one type, that follow from initializers alone, computed by
+    onnxruntime."""
+    if not tensors:
+        return {}
+    needed, nodes = set(tensors), []
+    for node in reversed(model.graph.node):
+        if needed & set(node.output):
+            nodes.append(node)
+            needed |= set(node.input)
+    graph = helper.make_graph(
+        nodes[::-1],
+        "weights",
+        [],
+        [helper.make_tensor_value_info(t, dtype, None) for t in tensors],
+        [i for i in model.graph.initializer if i.name in needed],
+    )
+    part = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+    values = OnnxRuntime().open(part.SerializeToString()).run([])
+    return dict(zip(tensors, values, strict=True))

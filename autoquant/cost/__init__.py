@@ -52,7 +52,7 @@ class CostModel:
         bank: Bank | None = None,
     ) -> None:
         self.graph, self.dialect, self.latency = graph, dialect, latency
-        self.file_size = static.FileSize(graph, bank)
+        self.file_size = static.FileSize(graph, bank, dialect)
 
     def predict(self, candidate: Candidate) -> Cost:
         """The cost of a resolved candidate, for one sample (latency: one batch)."""

@@ -11,7 +11,7 @@ from onnx import helper
 
 from autoquant.candidate import Candidate, LayerChoice, block_size
 from autoquant.compress.bank import PLANES, Bank
-from autoquant.compress.qdq import NBITS_DOMAIN, Plan, from_softmax, nbits_attributes
+from autoquant.compress.qdq import NBITS_DOMAIN, TENSORRT, Plan, from_softmax, nbits_attributes
 from autoquant.graph import Graph, Layer, clamp_bounds
 
 _KEEP_SIGN = ("GlobalAveragePool", "AveragePool", "MaxPool", "Flatten", "Reshape", "Transpose")
@@ -103,8 +103,10 @@ class FileSize:
     equal value, of which the file holds one.
     """
 
-    def __init__(self, graph: Graph, bank: Bank | None = None) -> None:
-        self.graph, self.bank = graph, bank
+    def __init__(
+        self, graph: Graph, bank: Bank | None = None, dialect: str = "onnxruntime"
+    ) -> None:
+        self.graph, self.bank, self.dialect = graph, bank, dialect
         body = graph.model.graph
         self.nodes = [
             (node.ByteSize(), tuple(node.input), tuple(node.output)) for node in graph.nodes
@@ -139,6 +141,7 @@ class _File:
     def __init__(self, sizes: FileSize, candidate: Candidate, plan: Plan) -> None:
         self.sizes, self.graph = sizes, sizes.graph
         self.candidate, self.plan = candidate, plan
+        self.is_tensorrt = sizes.dialect == TENSORRT
         self.total = self.outside = 0
         self.known: set[Any] = set()  # constants, weights and their views that are written
         self.packed: dict[int, list[int]] = defaultdict(list)  # width → weights an entry
@@ -223,6 +226,8 @@ class _File:
             if self._first(key, "float"):
                 self._tensor(stem, layer.weight_shape, 2)
                 self._node("Cast", [stem], [stem + 2], attributes=_CAST)
+        elif how == "weight-only" and self.is_tensorrt:
+            self._int4(layer, choice, stem, key)
         else:
             self._weight(layer, bits, stem, key)
             shifted = self._shifted(layer, choice)
@@ -247,6 +252,8 @@ class _File:
             self._node("DequantizeLinear", inputs, [stem + 3], attributes=axis)
         if layer.kind == "MatMul":
             self._added_bias(layer, shifted)
+        elif self.is_tensorrt:
+            self._shifted_bias(layer, shifted)
         elif layer.bias is not None or shifted:
             self._node_bias(layer)
             self._tensor(name + 2, (channels,), 4)
@@ -267,12 +274,21 @@ class _File:
                 self._tensor(stem + 3, (*ones, channels) if key[3] == "channel" else (1,), 4)
             self._node("Cast", [stem], [stem + 2], attributes=_CAST)
             self._node("Mul", [stem + 2, stem + 3], [stem + 2])
-        if layer.kind == "MatMul":
-            self._added_bias(layer, shifted)
-        elif shifted:
-            self._node_bias(layer)
-            outputs = channels * (layer.group if layer.kind == "ConvTranspose" else 1)
-            self._tensor(len(layer.name) + 2, (outputs,), 4)
+        self._shifted_bias(layer, shifted)
+
+    def _int4(self, layer: Layer, choice: LayerChoice, stem: int, key: Any) -> None:
+        """A product's weights as int4 behind a DequantizeLinear of blocks (tensorrt)."""
+        block, inputs = block_size(choice.granularity), layer.parameters // layer.channels
+        self.shift[layer.node] += stem + 2 - len(layer.weight)
+        if self._first(key, "float"):
+            self._tensor(stem, (1, math.ceil(layer.parameters / 2)), 1)
+            self._tensor(stem + 3, (layer.channels, inputs // block), 4)
+            attributes = _attribute("axis", 1) + _attribute("block_size", block)
+            view = stem + 3 if layer.channel_axis else stem + 2
+            self._node("DequantizeLinear", [stem, stem + 3], [view], attributes=attributes)
+            if layer.channel_axis:
+                self._node("Transpose", [view], [stem + 2], attributes=_PERM)
+        self._shifted_bias(layer, self._shifted(layer, choice))
 
     def _scales(self, name: int, layer: Layer, choice: LayerChoice, dims: Sequence[int]) -> int:
         """Scales of blocks, as float16 with a Cast where they are; the length of the name."""
@@ -350,6 +366,15 @@ class _File:
             self.shift[layer.node] += len(layer.name) + 2 - len(layer.bias)
             self.left[layer.bias] += 1
 
+    def _shifted_bias(self, layer: Layer, shifted: bool) -> None:
+        """A float bias with the weight's shift, where there is one."""
+        if layer.kind == "MatMul":
+            self._added_bias(layer, shifted)
+        elif shifted:
+            self._node_bias(layer)
+            outputs = layer.channels * (layer.group if layer.kind == "ConvTranspose" else 1)
+            self._tensor(len(layer.name) + 2, (outputs,), 4)
+
     def _added_bias(self, layer: Layer, shifted: bool) -> None:
         """The Add behind a MatMul reads a shifted bias."""
         if shifted and layer.bias is not None:
@@ -362,7 +387,7 @@ class _File:
         if not self._first(key, "stored"):
             return
         count = layer.parameters
-        if bits in PLANES:
+        if bits in PLANES and not self.is_tensorrt:
             self.packed[bits].append(count)
             self.packed_names[bits] += _string(stem + 5)
             self.packed_names[bits] += _string(stem + 8) if count % 8 else 0
@@ -443,7 +468,7 @@ class _File:
             shared = ("lowest", size)
         elif root in self.plan.symmetric:
             shared = ("middle", bits)
-        zero = self._constant(("zero", shared), (), size)
+        zero = self._constant(("zeros", ()) if self.is_tensorrt else ("zero", shared), (), size)
         self._node("QuantizeLinear", [source, scale, zero], [quantized])
         self._node("DequantizeLinear", [quantized, scale, zero], [result])
 

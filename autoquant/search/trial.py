@@ -20,7 +20,7 @@ from autoquant.compress.bank import Bank
 from autoquant.compress.equalize import cross_layer_equalization, smooth, smoothed_tensors
 from autoquant.compress.lower import lower
 from autoquant.compress.polish import polish
-from autoquant.compress.qdq import mode, resolve
+from autoquant.compress.qdq import mode, refusal, resolve
 from autoquant.compress.rounding import ROUNDINGS
 from autoquant.cost import CostModel, DeviceModel
 from autoquant.cost.roofline import RooflineModel, kernel_of
@@ -390,11 +390,20 @@ def _available(
 
     onnxruntime on this machine runs all of them: in float, where it has no kernel.
     """
-    if hardware.latency == "measured":
-        return dict(choices)
     result = {}
-    for name, found in choices.items():
-        kind = graph.by_name[name].kind
+    for name, offered in choices.items():
+        layer = graph.by_name[name]
+        reasons = [refusal(layer, c, hardware.dialect) for c in offered]
+        found = [c for c, reason in zip(offered, reasons, strict=True) if reason is None]
+        if not found:
+            raise HardwareError(
+                f"hardware {hardware.name!r} has none of what the space offers layer {name!r}: "
+                f"{reasons[0]}"
+            )
+        if hardware.latency == "measured":
+            result[name] = tuple(found)
+            continue
+        kind = layer.kind
         kept = [
             c
             for c in found
