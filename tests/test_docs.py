@@ -40,7 +40,6 @@ def follow(page: str, folder: Path) -> None:
         **os.environ,
         "PATH": os.pathsep.join([str(commands), os.environ["PATH"]]),
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        "AUTOQUANT_CACHE": str(folder / "cache"),
     }
     for language, options, text in blocks(page):
         title = re.search(r'title="([^"]+)"', options)
@@ -80,7 +79,6 @@ def test_the_quickstart_does_what_it_says(started: Path) -> None:
 @pytest.mark.parametrize("page", RUNNABLE)
 def test_the_commands_of_a_page_run(started: Path, tmp_path: Path, page: str) -> None:
     shutil.copytree(started / "runs", tmp_path / "runs")
-    shutil.copytree(started / "cache", tmp_path / "cache", dirs_exist_ok=True)
     follow(page, tmp_path)
 
 
