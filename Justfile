@@ -12,6 +12,10 @@ types:
 test *arguments:
     pytest {{ arguments }}
 
+# the site in site/; needs the extra `docs`
+docs:
+    mkdocs build --strict
+
 # put right what a machine can
 format:
     ruff check --fix

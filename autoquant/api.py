@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,16 @@ class _Tracking(Callback):
         self.tracker.finish(document, self.page.html, report.front_markdown(document))
 
 
+@contextlib.contextmanager
+def _said(progress: bool) -> Iterator[Callable[[str], None]]:
+    """What stages are told to, shown on stderr or not."""
+    bar = ProgressBar()
+    try:
+        yield bar.stage if progress else (lambda _: None)
+    finally:
+        bar.close()
+
+
 def search(
     task: Task | str = "mnist",
     *,
@@ -102,7 +113,8 @@ def search(
     source: dict[str, Any] = {"task": task.name if isinstance(task, Task) else task, "data": data}
     found = task if isinstance(task, Task) else load_task(task, data)
     page = _Report()
-    heard: list[Callback] = [ProgressBar()] if progress else []
+    bar = ProgressBar()
+    heard: list[Callback] = [bar] if progress else []
     heard += [page, *callbacks]
     tracker = MlflowTracker(tracking_uri, Path(options.runs_dir)) if tracking else None
     if tracker is not None:
@@ -113,6 +125,8 @@ def search(
         if tracker is not None:
             tracker.fail("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
+    finally:
+        bar.close()
 
 
 def export(member: Member, folder: str | Path, *, precompiled: bool = False) -> Path:
@@ -154,10 +168,10 @@ def compress(
     found = task if isinstance(task, Task) else load_task(task, data)
     if not isinstance(candidate, Candidate):
         candidate = Candidate.read(candidate)
-    say = ProgressBar().stage if progress else (lambda _: None)
-    return score_candidate(
-        found, candidate, hardware=hardware, batch=batch, threads=threads, split=split, say=say
-    )
+    with _said(progress) as say:
+        return score_candidate(
+            found, candidate, hardware=hardware, batch=batch, threads=threads, split=split, say=say
+        )
 
 
 def inspect(
@@ -221,8 +235,8 @@ def profile(
     The profile predicts latencies of that network at that batch and thread count.
     """
     found = task if isinstance(task, Task) else load_task(task, data)
-    say = ProgressBar().stage if progress else (lambda _: None)
-    context = prepare(found, space="int8", batch=batch, threads=threads, say=say)
+    with _said(progress) as say:
+        context = prepare(found, space="int8", batch=batch, threads=threads, say=say)
     assert isinstance(context.cost.latency, TableModel)
     model = to_profile(context.cost.latency)
     result = load_hardware("onnxruntime-cpu").model_copy(

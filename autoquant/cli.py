@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,23 +16,63 @@ import typer
 from autoquant.errors import AutoquantError, UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.table import Table
+
+_HELP = """Automated mixed-precision compression: a Pareto front of ONNX files that were really run.
+
+\b
+First:
+  autoquant search                        the built-in mnist task, about half a minute
+  autoquant inspect my_task.py:task       the layers of your own network
+  autoquant search my_task.py:task        its front; then: autoquant export RUN -o DIR
+"""
 
 app = typer.Typer(
     name="autoquant",
-    help="Automated mixed-precision compression: a Pareto front of ONNX files that were really run."
-    " Start with: autoquant search",
+    help=_HELP,
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
+
+def _complete_runs(context: typer.Context, incomplete: str) -> list[str]:
+    base = Path(context.params.get("runs_dir") or RUNS)
+    names = [path.parent.name for path in base.glob("*/study.yaml")]
+    return sorted(name for name in names if name.startswith(incomplete))
+
+
+def _complete_builtin(folder: str) -> Callable[[str], list[str]]:
+    def complete(incomplete: str) -> list[str]:
+        from autoquant.document import builtin
+
+        return [name for name in builtin(folder) if name.startswith(incomplete)]
+
+    return complete
+
+
+def _complete_tasks(incomplete: str) -> list[str]:
+    from autoquant.tasks import TASKS
+
+    return [name for name in TASKS if name.startswith(incomplete)]
+
+
+def _complete_samplers(incomplete: str) -> list[str]:
+    return [name for name in _SAMPLERS if name.startswith(incomplete)]
+
+
+RUNS = Path("runs")
+_INTERRUPTED = 130
+_SAMPLERS = ("surrogate", "tpe", "nsga2", "random")
 TaskArgument = Annotated[
     str,
     typer.Argument(
         metavar="TASK",
         help="built-in name, file.py:function, package.module:function, or model.onnx with --data",
+        autocompletion=_complete_tasks,
     ),
 ]
 Data = Annotated[
@@ -40,27 +81,51 @@ Data = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout")]
 RunsDir = Annotated[Path, typer.Option("--runs-dir", metavar="DIR", help="where runs live")]
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="name under --runs-dir, or folder")]
+RunArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN", help="name under --runs-dir, or folder", autocompletion=_complete_runs
+    ),
+]
 HardwareOption = Annotated[
-    str, typer.Option("--hardware", metavar="NAME|FILE", help="hardware profile")
+    str,
+    typer.Option(
+        "--hardware",
+        metavar="NAME|FILE",
+        help="hardware profile",
+        autocompletion=_complete_builtin("hardware_profiles"),
+    ),
 ]
 Batch = Annotated[int, typer.Option("--batch", min=1, metavar="N", help="batch of latencies")]
 Threads = Annotated[int, typer.Option("--threads", min=1, metavar="N", help="threads of latencies")]
-RUNS = Path("runs")
-_INTERRUPTED = 130
 
 
 @app.command()
 def search(
     task: Annotated[
-        str | None, typer.Argument(metavar="[TASK]", help="as for compress; default mnist")
+        str | None,
+        typer.Argument(
+            metavar="[TASK]",
+            help="as for compress; default mnist",
+            autocompletion=_complete_tasks,
+        ),
     ] = None,
     data: Data = None,
     space: Annotated[
-        str | None, typer.Option(metavar="NAME|FILE", help="search space; default mixed")
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="search space; default mixed",
+            autocompletion=_complete_builtin("search_spaces"),
+        ),
     ] = None,
     hardware: Annotated[
-        str | None, typer.Option(metavar="NAME|FILE", help="profile; default onnxruntime-cpu")
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="profile; default onnxruntime-cpu",
+            autocompletion=_complete_builtin("hardware_profiles"),
+        ),
     ] = None,
     objectives: Annotated[
         str | None,
@@ -99,6 +164,7 @@ def search(
         typer.Option(
             metavar="NAME",
             help="surrogate (default), tpe, nsga2, random, or another of Optuna's",
+            autocompletion=_complete_samplers,
         ),
     ] = None,
     signal: Annotated[
@@ -117,6 +183,14 @@ def search(
         typer.Option(
             metavar="PATTERN=W/A",
             help="keep layers at one choice, as 'head*=8/8' or 'stem=float'; repeatable",
+        ),
+    ] = None,
+    start_from: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN[:TRIAL]",
+            help="run the front, or one trial, of an old run first; the space may be another",
+            autocompletion=_complete_runs,
         ),
     ] = None,
     seed: Annotated[int | None, typer.Option(metavar="N", help="default 0")] = None,
@@ -159,6 +233,7 @@ def search(
         "signal": signal,
         "patience": patience,
         "fix": fix or None,
+        "start_from": start_from,
         "seed": seed,
         "name": name,
         "runs_dir": runs_dir,
@@ -219,10 +294,48 @@ def front(run: RunArgument, runs_dir: RunsDir = RUNS, as_json: Json = False) -> 
 
 
 @app.command()
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN RUN…",
+            help="names under --runs-dir, or folders, of one task",
+            autocompletion=_complete_runs,
+        ),
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE.html", help="the fronts as plots")
+    ] = None,
+    runs_dir: RunsDir = RUNS,
+    as_json: Json = False,
+) -> None:
+    """Compare the fronts of runs of one task."""
+    from autoquant.front import Front
+
+    if len(runs) < 2:
+        raise UserError("compare: give at least two runs")
+    fronts = [Front.read(run, runs_dir).to_dict() for run in runs]
+    from autoquant.report import compare_fronts, compare_html, compare_table
+
+    compared = compare_fronts(fronts)
+    if output is not None:
+        page = compare_html(fronts)
+        _write(lambda: output.write_text(page, encoding="utf-8"), output)
+        _say(f"the fronts are overlaid in {output}")
+    if as_json:
+        _print_json(compared)
+    else:
+        _print_table(compare_table(compared))
+
+
+@app.command()
 def export(
     run: RunArgument,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="new folder")],
     trial: Annotated[int | None, typer.Option(metavar="N", help="this member")] = None,
+    knee: Annotated[
+        bool, typer.Option("--knee", help="nearest to float's accuracy at no cost (default)")
+    ] = False,
     max_drop: Annotated[
         float | None, typer.Option(metavar="X", help="the cheapest within this drop")
     ] = None,
@@ -238,29 +351,32 @@ def export(
     runs_dir: RunsDir = RUNS,
     as_json: Json = False,
 ) -> None:
-    """Package a member of a front for deployment (without options: the front's knee)."""
+    """Package a member of a front for deployment: by number, by limits, or the front's knee."""
+    limits = (max_drop, max_latency_ms, max_size_bytes)
+    if trial is not None and (knee or limits != (None, None, None)):
+        raise UserError("--trial names the member: leave out the limits and --knee")
+    if knee and limits != (None, None, None):
+        raise UserError("--knee names the member: leave out the limits")
     from autoquant import api
     from autoquant.front import Front
+    from autoquant.report import choice_lines
 
-    if trial is not None and (max_drop, max_latency_ms, max_size_bytes) != (None, None, None):
-        raise UserError("--trial names the member: leave out the limits")
     found = Front.read(run, runs_dir)
-    member = (
-        found.member(trial)
-        if trial is not None
-        else found.choose(
+    if trial is not None:
+        member = found.member(trial)
+    else:
+        member = found.choose(
             max_drop=max_drop, max_latency_ms=max_latency_ms, max_size_bytes=max_size_bytes
         )
-    )
+    nearby = {what: other.trial for what, other in found.nearby(member).items()}
     folder = api.export(member, output, precompiled=precompiled)
     if as_json:
-        _print_json({"package": str(folder), **member.to_dict()})
-    else:
-        typer.echo(folder)
-        _say(
-            f"trial {member.trial}: drop {member.searched.drop:+.4f} on {member.searched.split}, "
-            f"{member.predicted.size_bytes:,} bytes; check it with: autoquant verify {folder}"
-        )
+        _print_json({"package": str(folder), **member.to_dict(), "nearby": nearby})
+        return
+    typer.echo(folder)
+    for line in choice_lines(found.to_dict(), member.trial, nearby):
+        _say(line)
+    _say(f"check it with: autoquant verify {folder}")
 
 
 @app.command()
@@ -411,7 +527,8 @@ def _print_names(names: dict[str, str], as_json: bool) -> None:
         return
     width = max(map(len, names), default=0)
     for name, text in names.items():
-        typer.echo(f"{name:{width}}  {text}")
+        indent = " " * (width + 2)
+        typer.echo(textwrap.fill(f"{name:{width}}  {text}", 100, subsequent_indent=indent))
 
 
 def _print_json(document: Any) -> None:

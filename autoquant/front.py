@@ -158,7 +158,7 @@ class Front:
         if not self.members:
             raise NoFeasibleMember(f"run {self.run!r}: the front is empty")
         names = list(self.reference_point)
-        corner, ideal = _box(self.reference_point, float(self.baseline["accuracy"]))
+        corner, ideal = box_of(self.reference_point, float(self.baseline["accuracy"]))
         points = _points(self.members, names)
         outside = (points >= corner).any(axis=1)
         distance = (((points - ideal) / (corner - ideal)) ** 2).sum(axis=1)
@@ -200,6 +200,27 @@ class Front:
         costs = [name for name in self.objectives if name != "accuracy"]
         worst = {name: max(m.objective(name) for m in self.members) or 1.0 for name in costs}
         return min(fitting, key=lambda m: sum(m.objective(n) / worst[n] for n in costs))
+
+    def nearby(self, member: Member) -> dict[str, Member]:
+        """What else is close: the best ``smaller``, ``faster`` and ``more accurate`` member.
+
+        The most accurate of the smaller ones and of the faster ones, the smallest of the more
+        accurate ones; those that there are.
+        """
+        found = {}
+        accurate = {"key": lambda m: (m.searched.value, -m.predicted.size_bytes)}
+        smaller = [m for m in self.members if m.predicted.size_bytes < member.predicted.size_bytes]
+        if smaller:
+            found["smaller"] = max(smaller, **accurate)
+        own = member.latency_ms
+        times = [(m, m.latency_ms) for m in self.members]
+        faster = [m for m, time in times if own is not None and time is not None and time < own]
+        if faster:
+            found["faster"] = max(faster, **accurate)
+        better = [m for m in self.members if m.searched.value > member.searched.value]
+        if better:
+            found["more accurate"] = min(better, key=lambda m: m.predicted.size_bytes)
+        return found
 
     def _span(self) -> str:
         """The range of what can be limited, for messages."""
@@ -279,13 +300,14 @@ def hypervolume(points: Array, reference: Array) -> float:
     inside = points[(points < reference).all(axis=1)]
     if not len(inside):
         return 0.0
-    inside = inside[nondominated(inside)]
     if inside.shape[1] == 1:
         return float(reference[0] - inside[:, 0].min())
     if inside.shape[1] == 2:
         ordered = inside[np.argsort(inside[:, 0])]
         right = np.append(ordered[1:, 0], reference[0])
-        return float(((right - ordered[:, 0]) * (reference[1] - ordered[:, 1])).sum())
+        lowest = np.minimum.accumulate(ordered[:, 1])
+        return float(((right - ordered[:, 0]) * (reference[1] - lowest)).sum())
+    inside = inside[nondominated(inside)]
     ordered = inside[np.argsort(inside[:, -1])]
     depth = np.append(ordered[1:, -1], reference[-1]) - ordered[:, -1]
     return float(
@@ -319,12 +341,12 @@ def relative_hypervolume(
     """
     if not members:
         return 0.0
-    corner, ideal = _box(reference, accuracy)
+    corner, ideal = box_of(reference, accuracy)
     volume = hypervolume(_points(members, list(reference)), corner)
     return volume / float(np.prod(corner - ideal))
 
 
-def _box(reference: Mapping[str, float], accuracy: float) -> tuple[Array, Array]:
+def box_of(reference: Mapping[str, float], accuracy: float) -> tuple[Array, Array]:
     """The reference point and the ideal one, as columns to be minimized."""
     corner = np.array([-v if n == "accuracy" else v for n, v in reference.items()])
     ideal = np.array([-accuracy if n == "accuracy" else 0.0 for n in reference])

@@ -12,6 +12,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -22,20 +23,29 @@ from autoquant.search.study import Callback
 
 
 class ProgressBar(Callback):
-    """A rich progress bar on stderr; plain lines where stderr is no terminal."""
+    """A rich progress bar on stderr; plain lines where stderr is no terminal.
+
+    `close` it where a search may have ended without `finish`.
+    """
 
     def __init__(self) -> None:
         self.console = Console(stderr=True)
         self.progress: Progress | None = None
+        self.waiting: Progress | None = None  # the time that a stage has taken so far
         self.failed = 0
         self.best: TrialResult | None = None
         self.smallest: TrialResult | None = None
         self.reference = 0.0
 
     def stage(self, text: str) -> None:
-        """One line a stage."""
-        self._stop()
+        """One line a stage, and on a terminal how long it takes while it does."""
+        self.close()
         self.console.print(f"[dim]autoquant:[/] {escape(text)}", highlight=False, soft_wrap=True)
+        if self.console.is_terminal:
+            columns = (SpinnerColumn(), TimeElapsedColumn())
+            self.waiting = Progress(*columns, console=self.console, transient=True)
+            self.waiting.add_task("", total=None)
+            self.waiting.start()
 
     def start(
         self,
@@ -44,6 +54,7 @@ class ProgressBar(Callback):
         done: Sequence[TrialResult],
     ) -> None:
         """Open the bar."""
+        self.close()
         name = study["name"]
         self.console.print(
             f"[dim]autoquant:[/] searching {escape(str(name))}: {study['trials']} trials over "
@@ -80,7 +91,14 @@ class ProgressBar(Callback):
 
     def finish(self, front: Any) -> None:
         """Close the bar."""
-        self._stop()
+        self.close()
+
+    def close(self) -> None:
+        """Take what moves off the terminal."""
+        for shown in (self.progress, self.waiting):
+            if shown is not None:
+                shown.stop()
+        self.progress = self.waiting = None
 
     def _count(self, result: TrialResult) -> None:
         self.failed += result.status == "failed"
@@ -104,8 +122,3 @@ class ProgressBar(Callback):
         if self.failed:
             parts.append(f"{self.failed} failed")
         return ", ".join(parts) or "search"
-
-    def _stop(self) -> None:
-        if self.progress is not None:
-            self.progress.stop()
-            self.progress = None

@@ -120,8 +120,9 @@ class TrialResult:
     ``status``: complete; stopped (``why`` says by whom); infeasible (a limit is broken); failed
     (``error`` says why). ``seconds`` maps the stages of the trial to wall time. ``sha256`` is
     that of the artifact that was scored. ``origin`` proposed it: uniform, solver, sampler,
-    neighbour or polish. ``second`` is the divergence on a second set of inputs, where it was
-    asked for. ``evidence``: what later trials are compared with (`autoquant.evaluate`).
+    neighbour, polish, or ``start RUN:TRIAL``. ``second`` is the divergence on a second set of
+    inputs, where it was asked for. ``evidence``: what later trials are compared with
+    (`autoquant.evaluate`).
     """
 
     trial: int

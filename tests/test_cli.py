@@ -30,8 +30,8 @@ from autoquant.search.trial import prepare
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = (
-    "search", "front", "export", "verify", "compress", "inspect", "profile", "ui", "spaces",
-    "hardware", "tasks",
+    "search", "front", "compare", "export", "verify", "compress", "inspect", "profile", "ui",
+    "spaces", "hardware", "tasks",
 )  # fmt: skip
 
 
@@ -323,6 +323,55 @@ def test_export_chooses_within_a_limit(
     assert (tmp_path / "package" / "manifest.json").is_file()
 
 
+def test_export_says_what_was_close(made: Made, cli: Callable[..., Output], tmp_path: Path) -> None:
+    output = cli("export", "one", "--runs-dir", made.runs, "-o", tmp_path / "knee", "--knee")
+    assert output.status == 0 and output.out == f"{tmp_path / 'knee'}\n"
+    chosen, *_, check = output.err.splitlines()
+    assert re.search(r"trial \d+: drop .* of float", chosen) and "autoquant verify" in check
+    assert len(made.front["members"]) > 1 and "close: " in output.err
+    options = ("--runs-dir", made.runs, "-o", tmp_path / "json", "--json")
+    found = cli("export", "one", *options).json
+    assert f"trial {found['trial']}:" in chosen  # without options it is the knee
+    assert set(found["nearby"].values()) <= {m["trial"] for m in made.front["members"]}
+
+
+def test_compare_overlays_runs(
+    made: Made, cli: Callable[..., Output], tmp_path: Path, no_tracking: None
+) -> None:
+    options = ("--name", "compared", "--trials", 2, "--start-from", "one", "--json")
+    assert cli("search", made.task, *made.common, *options).status == 0
+    page = tmp_path / "fronts.html"
+    output = cli("compare", "one", "compared", "--runs-dir", made.runs, "-o", page)
+    assert output.status == 0 and "one" in output.out and "compared" in output.out
+    assert max(map(len, output.out.splitlines())) <= 100
+    assert "<title>one and compared" in page.read_text()
+    found = cli("compare", "one", "compared", "--runs-dir", made.runs, "--json").json
+    assert [run["run"] for run in found["runs"]] == ["one", "compared"]
+    assert "at least two runs" in cli("compare", "one", "--runs-dir", made.runs).error()
+    nowhere = tmp_path / "no" / "x.html"
+    options = ("--runs-dir", made.runs, "-o", nowhere)
+    assert "cannot be written" in cli("compare", "one", "compared", *options).error()
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("se", {"search"}),
+        ("search mn", {"mnist"}),
+        ("search --space lo", {"low-bit"}),
+        ("search --hardware cortex-m55", {"cortex-m55-ethos-u55"}),
+        ("search --sampler ns", {"nsga2"}),
+        ("search --start-fr", {"--start-from"}),
+        ("front --runs-dir RUNS on", {"one"}),
+    ],
+)
+def test_a_shell_completes_names(made: Made, words: str, found: set[str]) -> None:
+    line = f"autoquant {words.replace('RUNS', str(made.runs))}"
+    position = str(len(line.split()) - 1)
+    output = process(_AUTOQUANT_COMPLETE="complete_bash", COMP_WORDS=line, COMP_CWORD=position)
+    assert output.err == "" and set(output.out.split()) == found
+
+
 def test_compress_builds_one_candidate(
     made: Made, cli: Callable[..., Output], tmp_path: Path
 ) -> None:
@@ -387,7 +436,9 @@ def test_what_is_built_in(cli: Callable[..., Output], command: str, names: set[s
     assert set(found) == names and all(found.values())
     text = cli(command)
     assert text.status == 0 and text.err == ""
-    assert {line.split()[0] for line in text.out.splitlines()} == names
+    lines = text.out.splitlines()
+    assert {line.split()[0] for line in lines if line[0] != " "} == names
+    assert max(map(len, lines)) <= 100
 
 
 # --- mistakes ---------------------------------------------------------------------------------
@@ -419,6 +470,13 @@ def test_a_mistake_in_a_process_is_one_line_and_status_2() -> None:
         (("front",), "RUN"),
         (("export", "no-run", "-o", "x"), "no run 'no-run'"),
         (("export", "x", "-o", "y", "--trial", "1", "--max-drop", "1"), "--trial names"),
+        (("export", "x", "-o", "y", "--trial", "1", "--knee"), "--trial names"),
+        (("export", "x", "-o", "y", "--knee", "--max-drop", "1"), "--knee names"),
+        (("compare", "no-run", "other"), "no run 'no-run'"),
+        (("search", "--sampler", "surogate"), "did you mean 'surrogate'"),
+        (("search", "--start-from", "no-run"), "no run 'no-run'"),
+        (("serch",), "Did you mean 'search'"),
+        (("search", "--trails", "3"), "--trials"),
         (("verify", "no-package"), "no-package"),
         (("compress", "mnist", "--candidate", "no.yaml", "-o", "x.onnx"), "no.yaml"),
         (("ui", "--runs-dir", "no-runs"), "no MLflow store"),

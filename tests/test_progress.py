@@ -44,6 +44,20 @@ def test_the_bar_counts_trials_and_shows_the_best() -> None:
     assert "lowering" in text.getvalue() and "searching one: 10 trials" in text.getvalue()
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_stage_shows_its_time_on_a_terminal_and_leaves_nothing(terminal: bool) -> None:
+    found, text = bar(terminal)
+    found.stage("timing [kernels]")
+    assert (found.waiting is not None) == terminal
+    if found.waiting is not None:
+        assert not found.waiting.finished and found.waiting.live.is_started
+    found.stage("verifying")
+    found.close()
+    assert found.waiting is None and found.progress is None
+    assert text.getvalue().count(" timing [kernels]\n") == 1
+    assert ("0:00:0" in text.getvalue()) == terminal
+
+
 def test_a_resumed_search_starts_where_it_was() -> None:
     found, text = bar()
     found.start(STUDY, [{}] * 3, [result(0, 0.9, 3000), result(1, 0.8, 10, "infeasible")])

@@ -41,11 +41,13 @@ from autoquant.search import executor as executors
 from autoquant.search.sensitivity import Sensitivity
 from autoquant.search.sensitivity import priors as priors_of
 from autoquant.search.solver import Table, curve
+from autoquant.search.start import moved, read_start
 from autoquant.search.study import (
     SIGNALS,
     Callback,
     Study,
     StudySettings,
+    check_sampler,
     uniform_candidates,
 )
 from autoquant.search.trial import (
@@ -68,7 +70,9 @@ POLISHED = 4  # trials of a search, at most a tenth, that polish members of the 
 OBJECTIVES = ("accuracy", "latency_ms", "size_bytes")
 _COST_LIMITS = ("max_size_bytes", "max_latency_ms", "max_energy_mj", "max_peak_memory_bytes")
 _NOT_MEASURED = dict.fromkeys(("latency_ms", "latency_median_ms", "latency_spread_ms"))
-_SAME_ON_RESUME = ("task", "space", "hardware", "objectives", "batch", "threads", "seed")
+_SAME_ON_RESUME = (
+    *("task", "space", "hardware", "objectives", "batch", "threads", "seed", "start_from"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +90,8 @@ class SearchSettings:
     outputs from the float network's, which needs no labels, or the ``metric``; the front is
     always in the metric. ``patience``: trials without a change of the front that end the
     search. ``fix``: layers kept at one choice, as ``PATTERN=4/8`` or ``PATTERN=float``.
+    ``start_from``: ``RUN`` or ``RUN:TRIAL``, whose front or trial a new study runs first, each
+    layer at the nearest choice that there is now.
     Limits, sampler and patience may change with ``resume``.
     """
 
@@ -109,6 +115,7 @@ class SearchSettings:
     signal: str = "divergence"
     patience: int | None = None
     fix: Sequence[str] = ()
+    start_from: str | None = None
     seed: int = 0
     name: str | None = None
     runs_dir: str | Path = "runs"
@@ -167,6 +174,7 @@ class SearchSettings:
             "sampler": self.sampler if isinstance(self.sampler, str) else repr(self.sampler),
             "signal": self.signal,
             "patience": self.patience,
+            "start_from": self.start_from,
             "seed": self.seed,
             "polish": self.polish,
             "name": self.name,
@@ -211,6 +219,8 @@ def search(
     settings = settings or SearchSettings()
     started = time.perf_counter()
     objectives = check_objectives(settings.objectives)
+    check_sampler(settings.sampler)
+    start = [] if settings.start_from is None else _read_start(settings)
     run = _open_run(task, settings, source or {"task": task.name})
 
     def say(text: str) -> None:
@@ -238,6 +248,7 @@ def search(
             say=say,
         )
         _check_predicted(objectives, settings, context)
+        start = moved(start, context.choices)
         priors = _priors(context, task, run.folder, settings.resume, say)
         study = Study(
             context,
@@ -254,7 +265,7 @@ def search(
                 patience=settings.patience,
             ),
             settings.resume,
-            first=lambda: _first(context, objectives, priors),
+            first=lambda: _first(context, objectives, priors, start),
             priors=priors,
         )
     except BaseException:
@@ -263,7 +274,7 @@ def search(
     _save_inputs(context, run.folder / "inputs.npz")
     if isinstance(context.cost.latency, TableModel):
         write_json(run.latency, to_profile(context.cost.latency).model_dump(mode="json"))
-    layers = [layer.to_dict() for layer in (*context.graph.layers, *context.graph.products)]
+    layers = _described(context)
     for callback in callbacks:
         callback.start(run.content, layers, tuple(study.results))
     _trials(study, context, settings, objectives, callbacks, say)
@@ -324,6 +335,24 @@ def _priors(
     return found
 
 
+def _read_start(settings: SearchSettings) -> list[tuple[str, Candidate]]:
+    """What ``start_from`` names; nothing where a run is resumed, which has run it."""
+    assert settings.start_from is not None
+    return [] if settings.resume else read_start(settings.start_from, settings.runs_dir)
+
+
+def _described(context: Context) -> list[dict[str, Any]]:
+    """The layers with what each of their choices adds to the file and the latency, alone."""
+    size, latency = context.additive_cost("size_bytes"), context.additive_cost("latency_ms")
+    timed = context.cost.latency is not None
+    found = []
+    for layer in (*context.graph.layers, *context.graph.products):
+        each = zip(context.choices[layer.name], size[layer.name], latency[layer.name], strict=True)
+        costs = {str(c): {"size_bytes": b, "latency_ms": t if timed else None} for c, b, t in each}
+        found.append({**layer.to_dict(), "costs": costs})
+    return found
+
+
 def mean_of(priors: Mapping[str, Table]) -> Table:
     """The geometric mean of tables, zero where one is."""
     tables = list(priors.values())
@@ -336,11 +365,14 @@ def mean_of(priors: Mapping[str, Table]) -> Table:
 
 
 def _first(
-    context: Context, objectives: Sequence[str], priors: Mapping[str, Table]
+    context: Context,
+    objectives: Sequence[str],
+    priors: Mapping[str, Table],
+    start: Sequence[tuple[str, Candidate]],
 ) -> list[tuple[str, Candidate]]:
-    """Uniform candidates, then the best under the priors' mean at a spread of budgets, and
-    where there are several priors, fewer under each."""
-    found = [("uniform", c) for c in uniform_candidates(context.choices)]
+    """Those of another run, uniform candidates, then the best under the priors' mean at a spread
+    of budgets, and where there are several priors, fewer under each."""
+    found = [*start, *(("uniform", c) for c in uniform_candidates(context.choices))]
     tables = [(mean_of(priors), 14, 8)]
     if len(priors) > 1:
         tables = [(mean_of(priors), 10, 6), *((t, 5, 3) for t in list(priors.values())[:3])]
@@ -651,6 +683,8 @@ def _open_run(task: Task, settings: SearchSettings, source: Mapping[str, Any]) -
             raise RunError(f"{path}: not YAML: {' '.join(str(error).split())[:200]}") from None
         if not isinstance(before, dict):
             raise RunError(f"{path}: expected the fields of a search")
+        if settings.start_from is None:
+            content["start_from"] = before.get("start_from")
         for key in _SAME_ON_RESUME:
             if before.get(key) != json.loads(json.dumps(content.get(key))):
                 raise RunError(

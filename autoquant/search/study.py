@@ -49,8 +49,8 @@ class Callback:
         layers: Sequence[Mapping[str, Any]],
         done: Sequence[TrialResult],
     ) -> None:
-        """Trials begin. ``study``: the content of study.yaml; ``layers``: as in `inspect`;
-        ``done``: trials of the run that is resumed."""
+        """Trials begin. ``study``: the content of study.yaml; ``layers``: as in `inspect`,
+        each with the ``costs`` of its choices; ``done``: trials of the run that is resumed."""
 
     def trial(self, result: TrialResult) -> None:
         """A trial is finished and on disk."""
@@ -606,6 +606,12 @@ def _storage(settings: StudySettings) -> Any:
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise RunError(f"--storage {settings.storage}: {reason}") from None
+
+
+def check_sampler(name: str | BaseSampler) -> None:
+    """Raises RunError for a name that is no sampler's."""
+    if isinstance(name, str) and name.lower() != "surrogate":
+        _named_sampler(name, 0)
 
 
 def _named_sampler(name: str, seed: int) -> BaseSampler:
