@@ -26,6 +26,7 @@ OPTIONS = {
         "--config", "--data", "--json",
     },
     "front": {"--json", "--runs-dir"},
+    "compare": {"-o", "--json", "--runs-dir"},
     "export": {
         "--trial", "--max-drop", "--max-latency-ms", "--max-size-bytes", "-o", "--json",
         "--runs-dir",
@@ -132,6 +133,7 @@ def test_only_the_documented_arguments_are_required() -> None:
     required = {n: {p.name for p in c.params if p.required} for n, c in COMMANDS.items()}
     assert {n: found for n, found in required.items() if found} == {
         "front": {"run"},
+        "compare": {"runs"},
         "export": {"run", "output"},
         "verify": {"folder"},
         "compress": {"task", "candidate", "output"},

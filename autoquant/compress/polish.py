@@ -42,6 +42,7 @@ from autoquant.runtime import OnnxRuntime, run_batches
 from autoquant.task import Array
 
 STRENGTH = 0.1  # λ: pull of the fit towards the float weight
+STRENGTH_LARGE = 1.0  # for networks that are too large to be tuned
 SAMPLES = 512  # calibration inputs that are seen
 TUNED = 4  # bits: a block is tuned if a layer of it has so many or fewer
 STEPS = 300  # of a block's tuning, fewer for larger networks
@@ -72,6 +73,25 @@ def polish(
     and the first ``SAMPLES`` calibration inputs of ``batches`` alone (images also mirrored), not
     on ``workers``, the batches that run at a time.
     """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(THREADS)  # of this Python thread alone
+    try:
+        return _polished(graph, candidate, calibration, bank, batches, dialect, workers)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _polished(
+    graph: Graph,
+    candidate: Candidate,
+    calibration: Calibration,
+    bank: Bank,
+    batches: Sequence[tuple[Array, ...]],
+    dialect: str,
+    workers: int,
+) -> Bank:
     polished = bank.overlay()
     names = graph.inputs
     seen = list(_first(rebatch(batches, BATCH), SAMPLES))
@@ -205,6 +225,7 @@ class _Fit:
     def __init__(self, graph: Graph, layer: Layer, rows: int) -> None:
         self.columns = Columns(layer, graph, rows)
         self.takes_bias = takes_bias(layer)
+        self.strength = STRENGTH if is_tuned(graph) else STRENGTH_LARGE
         matrix = np.moveaxis(graph.array(layer.weight), layer.channel_axis, 0)
         self.weight = np.array(matrix.reshape(layer.group, -1, self.columns.inputs))
         self.count = 0
@@ -237,7 +258,8 @@ class _Fit:
         h = moments.centred()
         cross = yx - y[:, :, None] * x[:, None, :]
         inputs = x.shape[1]
-        unit = np.maximum(np.einsum("gkk->gk", h).mean(axis=1), 1e-20)[:, None, None] * STRENGTH
+        unit = np.maximum(np.einsum("gkk->gk", h).mean(axis=1), 1e-20)[:, None, None]
+        unit = unit * self.strength
         left = h + unit * np.eye(inputs)
         right = cross + unit * self.weight
         fitted = np.linalg.solve(left, right.transpose(0, 2, 1)).transpose(0, 2, 1)
@@ -341,15 +363,11 @@ def _tune(
     """
     import torch
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
     try:
         with torch.enable_grad():
             return _Tuning(graph, block, layers, fitted, bank, grids, feeds, outputs).run()
     except Unsupported:
         return {}
-    finally:
-        torch.set_num_threads(before)
 
 
 class _Tuning:

@@ -347,6 +347,9 @@ def _described(context: Context) -> list[dict[str, Any]]:
     timed = context.cost.latency is not None
     found = []
     for layer in (*context.graph.layers, *context.graph.products):
+        if layer.name not in context.choices:  # a product that stays float
+            found.append(layer.to_dict())
+            continue
         each = zip(context.choices[layer.name], size[layer.name], latency[layer.name], strict=True)
         costs = {str(c): {"size_bytes": b, "latency_ms": t if timed else None} for c, b, t in each}
         found.append({**layer.to_dict(), "costs": costs})
