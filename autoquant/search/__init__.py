@@ -66,7 +66,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Callback", "SearchSettings", "search"]
 
-POLISHED = 4  # trials of a search, at most a tenth, that polish members of the front
+POLISHED = 2  # members of the front that a search polishes, and one for each hundred trials
 OBJECTIVES = ("accuracy", "latency_ms", "size_bytes")
 _COST_LIMITS = ("max_size_bytes", "max_latency_ms", "max_energy_mj", "max_peak_memory_bytes")
 _NOT_MEASURED = dict.fromkeys(("latency_ms", "latency_median_ms", "latency_spread_ms"))
@@ -401,7 +401,8 @@ def _trials(
     say: Callable[[str], None],
 ) -> None:
     """The sampler's trials, then polished members of the front; ``trials`` is the sum."""
-    reserve = min(POLISHED, settings.trials // 10) if settings.polish else 0
+    most = min(POLISHED + settings.trials // 100, settings.trials // 10)
+    reserve = most if settings.polish else 0
     reason = _run(study, context, settings, callbacks, settings.trials - reserve)
     if reserve == 0 or reason in ("timeout", "interrupted"):
         return
