@@ -92,6 +92,8 @@ def _polished(
     dialect: str,
     workers: int,
 ) -> Bank:
+    import torch
+
     polished = bank.overlay()
     names = graph.inputs
     seen = list(_first(rebatch(batches, BATCH), SAMPLES))
@@ -123,8 +125,12 @@ def _polished(
         tuned = [x for x in changed if not polished.overrides[x.name].block]
         if is_tuned(graph) and any(candidate.choice(x.name).weight_bits <= TUNED for x in tuned):
             outputs = _values(graph.model, block.target, exact, workers)
-            found = _tune(graph, block, tuned, fitted, polished, grids, coarse, outputs)
-            polished.overrides.update(found)
+            try:
+                found = _Tuning(graph, block, tuned, fitted, polished, grids, coarse, outputs)
+                with torch.enable_grad():
+                    polished.overrides.update(found.run())
+            except Unsupported:  # torch has no such operator: the refit stays
+                continue
     return polished
 
 
@@ -347,31 +353,11 @@ class _Tuned:
         return replace(self.entry, values=codes, scale=scale, shift=shift)
 
 
-def _tune(
-    graph: Graph,
-    block: Block,
-    layers: Sequence[Layer],
-    fitted: Mapping[str, Array],
-    bank: Bank,
-    grids: _Grids,
-    feeds: Feeds,
-    outputs: Sequence[Array],
-) -> dict[str, QuantizedWeight]:
-    """Tuned weights by layer; none where that does not help, or torch has no such operator.
+class _Tuning:
+    """The tuning of one block.
 
     ``feeds``: the quantized inputs; ``outputs``: the float target of every batch.
     """
-    import torch
-
-    try:
-        with torch.enable_grad():
-            return _Tuning(graph, block, layers, fitted, bank, grids, feeds, outputs).run()
-    except Unsupported:
-        return {}
-
-
-class _Tuning:
-    """The tuning of one block."""
 
     def __init__(
         self,

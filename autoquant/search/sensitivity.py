@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from autoquant import evaluate
 from autoquant.calibration import rebatch
 from autoquant.candidate import Candidate, LayerChoice
 from autoquant.compress.qdq import grid
@@ -345,22 +346,13 @@ _FALLBACK = {"combined": "measured", "fisher": "measured", "bank": "measured"}
 
 
 def divergence(reference: Array, outputs: Array, classes: bool) -> float:
-    """Mean KL of the softmax for classes, else mean squared error over the reference's variance.
+    """`evaluate.divergence`, but outputs that are not finite are infinitely far.
 
-    ``reference``, ``outputs``: (samples, …). Not finite outputs count as infinitely far.
+    ``reference``, ``outputs``: (samples, …).
     """
     if not np.isfinite(outputs).all():
         return float("inf")
-    if not classes:
-        gap = ((outputs - reference) ** 2).mean()
-        return float(gap / max(float(reference.var()), 1e-12))
-    p, q = _log_softmax(reference), _log_softmax(outputs)
-    return float((np.exp(p) * (p - q)).sum(-1).mean())
-
-
-def _log_softmax(logits: Array) -> Array:
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
+    return evaluate.divergence(reference, outputs, classes)
 
 
 def _outputs(session: Session, batches: Sequence[tuple[Array, ...]], workers: int) -> Array:
