@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from itertools import product
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
 from autoquant import document
 from autoquant.candidate import (
@@ -39,6 +39,29 @@ class NamedLayer(Protocol):
         ...
 
 
+def _listed_width(value: object) -> object:
+    return (value,) if isinstance(value, int) else value
+
+
+def _known(value: tuple[int, ...], valid: tuple[int, ...]) -> tuple[int, ...]:
+    for bits in value:
+        if bits not in valid:
+            raise ValueError(f"{bits} is not one of {', '.join(map(str, valid))}")
+    return tuple(sorted(set(value)))
+
+
+WeightBits = Annotated[
+    tuple[int, ...],
+    BeforeValidator(_listed_width),
+    AfterValidator(lambda value: _known(value, WEIGHT_BITS)),
+]
+ActivationBits = Annotated[
+    tuple[int, ...],
+    BeforeValidator(_listed_width),
+    AfterValidator(lambda value: _known(value, ACTIVATION_BITS)),
+]
+
+
 class Rule(document.Document):
     """Choices for the layers that it matches: every pair of the two bit widths, and float.
 
@@ -51,8 +74,8 @@ class Rule(document.Document):
 
     layers: str | tuple[str, ...] = "*"
     kinds: tuple[str, ...] | None = None
-    weight_bits: tuple[int, ...] = ()
-    activation_bits: tuple[int, ...] = (32,)
+    weight_bits: WeightBits = ()
+    activation_bits: ActivationBits = (32,)
     float_: bool = Field(default=False, alias="float")
     granularity: tuple[str, ...] = ("channel",)
     symmetric: bool = False
@@ -69,20 +92,10 @@ class Rule(document.Document):
                 raise ValueError(f"{name!r} is not one of {', '.join(ROUNDING_NAMES)}")
         return tuple(dict.fromkeys(value))
 
-    @field_validator("weight_bits", "activation_bits", "granularity", "rounding", mode="before")
+    @field_validator("granularity", "rounding", mode="before")
     @classmethod
     def _listed(cls, value: object) -> object:
         return (value,) if isinstance(value, int | str) else value
-
-    @field_validator("weight_bits")
-    @classmethod
-    def _known_weights(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        return _known(value, WEIGHT_BITS)
-
-    @field_validator("activation_bits")
-    @classmethod
-    def _known_activations(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        return _known(value, ACTIVATION_BITS)
 
     @field_validator("kinds")
     @classmethod
@@ -134,34 +147,12 @@ class Rule(document.Document):
         return tuple(dict.fromkeys([*found, FLOAT] if is_float or not found else found))
 
 
-def _known(value: tuple[int, ...], valid: tuple[int, ...]) -> tuple[int, ...]:
-    for bits in value:
-        if bits not in valid:
-            raise ValueError(f"{bits} is not one of {', '.join(map(str, valid))}")
-    return tuple(sorted(set(value)))
-
-
 class Side(document.Document):
     """Choices of some layers: those with one of these widths (empty: any)."""
 
     layers: str | tuple[str, ...] = "*"
-    weight_bits: tuple[int, ...] = ()
-    activation_bits: tuple[int, ...] = ()
-
-    @field_validator("weight_bits", "activation_bits", mode="before")
-    @classmethod
-    def _listed(cls, value: object) -> object:
-        return (value,) if isinstance(value, int) else value
-
-    @field_validator("weight_bits")
-    @classmethod
-    def _known_weights(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        return _known(value, WEIGHT_BITS)
-
-    @field_validator("activation_bits")
-    @classmethod
-    def _known_activations(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        return _known(value, ACTIVATION_BITS)
+    weight_bits: WeightBits = ()
+    activation_bits: ActivationBits = ()
 
     def matches(self, layer: str, choice: LayerChoice) -> bool:
         """Whether a choice of a layer is meant (shell patterns over the name)."""
