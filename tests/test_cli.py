@@ -53,7 +53,8 @@ class Output:
         assert "Traceback" not in self.err
         *before, last = self.err.splitlines()
         assert last.startswith("autoquant: ")
-        logs = ("lowering", "scoring", "calibrating", "weight bank", "timing", "latency model")
+        logs = ("training the built-in", "lowering", "scoring", "calibrating", "weight bank")
+        logs += ("timing", "latency model")
         assert all(line.startswith("autoquant: ") for line in before)
         assert all(any(word in line for word in logs) for line in before), self.err
         return last

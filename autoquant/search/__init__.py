@@ -137,6 +137,7 @@ class SearchSettings:
                 raise RunError(f"--{name.replace('_', '-')} is {value!r}; it must be above 0")
         if self.patience is not None and (type(self.patience) is not int or self.patience < 1):
             raise RunError(f"--patience is {self.patience!r}; it must be a whole number above 0")
+        check_sampler(self.sampler)
         if self.signal not in SIGNALS:
             raise RunError(f"--signal {self.signal!r}: {nearest(str(self.signal), SIGNALS)}")
         if self.resume and self.name is None:
@@ -219,7 +220,6 @@ def search(
     settings = settings or SearchSettings()
     started = time.perf_counter()
     objectives = check_objectives(settings.objectives)
-    check_sampler(settings.sampler)
     start = [] if settings.start_from is None else _read_start(settings)
     run = _open_run(task, settings, source or {"task": task.name})
 
