@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ WEIGHT_BITS = (2, 3, 4, 5, 6, 7, 8, 16, 32)
 ACTIVATION_BITS = (4, 6, 8, 16, 32)
 GRANULARITIES = ("channel", "tensor", "block32", "block64", "block128")
 ROUNDING_NAMES = ("nearest", "second-order", "adaround")
+IMPORTANCES = ("l1", "l2", "batchnorm", "taylor", "hessian", "activation", "stability")
 NBITS = (2, 4, 8)  # weight bits that MatMulNBits runs
 
 
@@ -136,20 +137,37 @@ class LayerChoice:
 FLOAT = LayerChoice()
 
 
+def is_rank(value: Any) -> bool:
+    """Whether a value is a rank: a whole number above 0, ``cp:RANK`` or ``separable``."""
+    if isinstance(value, str):
+        kind, _, rank = value.partition(":")
+        return value == "separable" or (kind == "cp" and rank.isdecimal() and int(rank) > 0)
+    return type(value) is int and value > 0
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Candidate:
     """One compressed network, by layers, channel groups, ranks and training settings.
 
-    ``layers``: layer name → LayerChoice; absent layers are float.
-    ``pruning``: channel group → ratio removed. ``rank``: layer → rank. ``training``: settings
-    or None. ``polish``: refitted after assembly. Two candidates are equal if their keys are.
+    ``layers``: layer name → LayerChoice; absent layers are float. The pieces of a factorized
+    layer take its choice, or their own (``NAME.0``, ``NAME.1``, ``NAME.2``) where given.
+    ``pruning``: channel group → ratio removed. ``rank``: layer → rank of its factors, a number
+    (SVD, or Tucker-2 with that many channels on either side), ``"cp:RANK"`` or
+    ``"separable"`` (a depthwise and a pointwise convolution). ``training``: settings or None.
+    ``polish``: refitted after assembly. ``drop``: residual blocks or transformer layers left
+    out. ``student``: keywords of the task's ``student`` factory, whose network takes the place
+    of the task's. ``importance``: what decides which channels of a group go. Two candidates are
+    equal if their keys are.
     """
 
     layers: Mapping[str, LayerChoice] = field(default_factory=dict)
     pruning: Mapping[str, float] = field(default_factory=dict)
-    rank: Mapping[str, int] = field(default_factory=dict)
+    rank: Mapping[str, int | str] = field(default_factory=dict)
     training: Mapping[str, Any] | None = None
     polish: bool = False
+    drop: tuple[str, ...] = ()
+    student: Mapping[str, Any] = field(default_factory=dict)
+    importance: str = "l2"
 
     @property
     def key(self) -> str:
@@ -161,6 +179,10 @@ class Candidate:
             if not c.is_float
         }
         document["pruning"] = {n: r for n, r in self.pruning.items() if r}
+        if not document["pruning"]:
+            document.pop("importance", None)
+        if self.drop:
+            document["drop"] = sorted(self.drop)
         document["training"] = document["training"] or None
         text = json.dumps(document, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -169,15 +191,38 @@ class Candidate:
         """The choice of ``layer``; float where the candidate leaves it out."""
         return self.layers.get(layer, FLOAT)
 
+    @property
+    def structure(self) -> Candidate:
+        """What of it decides the layers and their shapes, alone."""
+        return Candidate(
+            pruning={n: r for n, r in self.pruning.items() if r},
+            rank=self.rank,
+            drop=self.drop,
+            student=self.student,
+            importance=self.importance,
+        )
+
+    @property
+    def is_structural(self) -> bool:
+        """Whether its layers or their shapes differ from the original network's."""
+        return any(self.pruning.values()) or bool(self.rank or self.drop or self.student)
+
     def to_dict(self) -> dict[str, Any]:
         """The JSON form of ``front.json`` and ``candidate.yaml``."""
-        return {
+        document: dict[str, Any] = {
             "layers": {name: choice.to_dict() for name, choice in self.layers.items()},
             "pruning": dict(self.pruning),
             "rank": dict(self.rank),
             "training": None if self.training is None else dict(self.training),
             "polish": self.polish,
         }
+        if self.drop:
+            document["drop"] = list(self.drop)
+        if self.student:
+            document["student"] = dict(self.student)
+        if self.importance != "l2":
+            document["importance"] = self.importance
+        return document
 
     @classmethod
     def from_dict(cls, value: Any, where: str = "candidate") -> Candidate:
@@ -191,7 +236,7 @@ class Candidate:
                     f"{where}: unknown field {name!r}; {nearest(str(name), valid)}"
                 )
         parts: dict[str, Mapping[Any, Any]] = {}
-        for name in ("layers", "pruning", "rank"):
+        for name in ("layers", "pruning", "rank", "student"):
             part = value.get(name)
             part = {} if part is None else part
             if not isinstance(part, Mapping):
@@ -208,8 +253,19 @@ class Candidate:
                     f"{where}: pruning of {name!r} is {ratio!r}; it can be 0 to <1"
                 )
         for name, rank in parts["rank"].items():
-            if type(rank) is not int or rank < 1:
-                raise CandidateError(f"{where}: rank of {name!r} is {rank!r}; it can be 1 or more")
+            if not is_rank(rank):
+                raise CandidateError(
+                    f"{where}: rank of {name!r} is {rank!r}; it can be 1 or more, 'cp:RANK' "
+                    "or 'separable'"
+                )
+        drop = value.get("drop") or ()
+        if isinstance(drop, str) or not isinstance(drop, Sequence):
+            raise CandidateError(f"{where}: field 'drop' must list blocks, not {drop!r}")
+        importance = value.get("importance", "l2")
+        if importance not in IMPORTANCES:
+            raise CandidateError(
+                f"{where}: importance is {importance!r}; it can be {', '.join(IMPORTANCES)}"
+            )
         polish = value.get("polish", False)
         if not isinstance(polish, bool):
             raise CandidateError(f"{where}: polish is {polish!r}; it can be true, false")
@@ -222,6 +278,9 @@ class Candidate:
             rank={str(k): v for k, v in parts["rank"].items()},
             training=None if training is None else dict(training),
             polish=polish,
+            drop=tuple(map(str, drop)),
+            student={str(k): v for k, v in parts["student"].items()},
+            importance=importance,
         )
 
     @classmethod

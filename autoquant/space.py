@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
@@ -14,13 +14,15 @@ from autoquant import document
 from autoquant.candidate import (
     ACTIVATION_BITS,
     FLOAT,
+    IMPORTANCES,
     NBITS,
     ROUNDING_NAMES,
     WEIGHT_BITS,
     LayerChoice,
     block_size,
+    is_rank,
 )
-from autoquant.errors import CandidateError, SpaceError
+from autoquant.errors import CandidateError, SpaceError, nearest
 
 TIES = ("residual", "attention")
 
@@ -62,6 +64,15 @@ ActivationBits = Annotated[
 ]
 
 
+Patterns = Annotated[
+    tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
+]
+
+
+def _listed(value: object) -> object:
+    return (value,) if isinstance(value, int | float | str) else value
+
+
 class Rule(document.Document):
     """Choices for the layers that it matches: every pair of the two bit widths, and float.
 
@@ -95,7 +106,7 @@ class Rule(document.Document):
     @field_validator("granularity", "rounding", mode="before")
     @classmethod
     def _listed(cls, value: object) -> object:
-        return (value,) if isinstance(value, int | str) else value
+        return _listed(value)
 
     @field_validator("kinds")
     @classmethod
@@ -164,6 +175,70 @@ class Side(document.Document):
         )
 
 
+def _match(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _ratios(value: tuple[float, ...]) -> tuple[float, ...]:
+    for ratio in value:
+        if not 0 <= ratio < 1:
+            raise ValueError(f"{ratio} is not a ratio from 0 to below 1")
+    return tuple(sorted(set(value), reverse=True))
+
+
+def _ranks(value: tuple[int | float | str, ...]) -> tuple[int | float | str, ...]:
+    for rank in value:
+        share = isinstance(rank, float) and 0 < rank < 1
+        if not (share or is_rank(rank) or rank in ("full", "vbmf")):
+            raise ValueError(
+                f"{rank!r} is not a rank, a share of the full rank between 0 and 1, full, vbmf, "
+                "cp:RANK or separable"
+            )
+    return tuple(dict.fromkeys(value))
+
+
+class PruningRule(document.Document):
+    """Ratios of channels that the channel groups it matches may lose; 0 keeps all."""
+
+    groups: Patterns = ("*",)
+    ratios: Annotated[tuple[float, ...], BeforeValidator(_listed), AfterValidator(_ratios)]
+
+
+class RankRule(document.Document):
+    """Ranks that the layers it matches may take.
+
+    A whole number, a share of the layer's full rank, ``vbmf`` (the rank that variational Bayes
+    finds), ``cp:RANK``, ``separable``, or ``full``: the layer stays as it is.
+    """
+
+    layers: Patterns = ("*",)
+    ranks: Annotated[
+        tuple[int | float | str, ...], BeforeValidator(_listed), AfterValidator(_ranks)
+    ]
+
+
+Numbers = Annotated[tuple[float, ...], BeforeValidator(_listed)]
+
+
+class TrainingRanges(document.Document):
+    """Values that training settings may take; a setting without values keeps its default.
+
+    ``steps``: optimizer steps, 0 for none.
+    """
+
+    steps: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_listed)] = (0,)
+    learning_rate: Annotated[
+        tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(_listed)
+    ] = ()
+
+    def dimensions(self) -> dict[str, tuple[Any, ...]]:
+        """``train:SETTING`` → its values; nothing where no step is offered."""
+        if not any(self.steps):
+            return {}
+        named = {name: getattr(self, name) for name in type(self).model_fields}
+        return {f"train:{n}": tuple(dict.fromkeys(values)) for n, values in named.items() if values}
+
+
 class Space(document.Document):
     """What a search may choose: for each layer the last rule that matches it decides.
 
@@ -171,7 +246,10 @@ class Space(document.Document):
     rescale the float network before it is calibrated; its outputs stay. ``tie``: groups of layers
     that take the same choice: ``residual`` (layers whose outputs meet in an Add), ``attention``
     (products that read one tensor) or lists of patterns. ``forbid``: pairs of choices that exclude
-    each other.
+    each other. ``pruning`` and ``rank``: as with ``rules``, the last that matches a channel group
+    or a layer decides. ``drop``: patterns of residual blocks and transformer layers that may be
+    left out. ``student``: values of the keywords of the task's ``student`` factory; null for the
+    network itself. ``importance``: what decides which channels go, one or several to choose from.
     """
 
     name: str = ""
@@ -183,6 +261,63 @@ class Space(document.Document):
     rules: tuple[Rule, ...] = Field(min_length=1)
     tie: tuple[str | tuple[str, ...], ...] = ()
     forbid: tuple[tuple[Side, Side], ...] = ()
+    pruning: tuple[PruningRule, ...] = ()
+    rank: tuple[RankRule, ...] = ()
+    drop: Patterns = ()
+    student: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
+    importance: Patterns = ("l2",)
+    training: TrainingRanges = TrainingRanges()
+
+    @field_validator("importance")
+    @classmethod
+    def _known_importances(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name not in IMPORTANCES:
+                raise ValueError(f"{name!r} is not one of {', '.join(IMPORTANCES)}")
+        return tuple(dict.fromkeys(value))
+
+    @property
+    def is_structural(self) -> bool:
+        """Whether it offers other layers or shapes than the network's."""
+        return bool(self.pruning or self.rank or self.drop or self.student)
+
+    def ratios(self, groups: Iterable[str]) -> dict[str, tuple[float, ...]]:
+        """Channel group → ratios it may lose, the most first. Raises SpaceError."""
+        return {
+            name: rule.ratios
+            for name, rule in self._matched("pruning", self.pruning, "groups", groups).items()
+        }
+
+    def ranks(self, layers: Iterable[str]) -> dict[str, tuple[int | float | str, ...]]:
+        """Layer → ranks it may take, as they are written. Raises SpaceError."""
+        return {
+            name: rule.ranks
+            for name, rule in self._matched("rank", self.rank, "layers", layers).items()
+        }
+
+    def dropped(self, blocks: Iterable[str]) -> list[str]:
+        """Blocks that may be left out. Raises SpaceError for a pattern without a block."""
+        blocks = list(blocks)
+        for pattern in self.drop:
+            if not any(fnmatchcase(b, pattern) for b in blocks):
+                raise SpaceError(f"space {self.name!r}: drop: {_unmatched(pattern, blocks)}")
+        return [b for b in blocks if _match(b, self.drop)]
+
+    def _matched(
+        self, field: str, rules: Iterable[Any], key: str, names: Iterable[str]
+    ) -> dict[str, Any]:
+        """Name → the last rule that matches it. Raises SpaceError for a pattern without any."""
+        names = list(names)
+        found = {}
+        for index, rule in enumerate(rules, 1):
+            for pattern in getattr(rule, key):
+                matched = [n for n in names if fnmatchcase(n, pattern)]
+                if not matched:
+                    raise SpaceError(
+                        f"space {self.name!r}: {field}: rule {index}: {_unmatched(pattern, names)}"
+                    )
+                found.update(dict.fromkeys(matched, rule))
+        return {name: found[name] for name in names if name in found}
 
     @field_validator("tie")
     @classmethod
@@ -219,6 +354,10 @@ class Space(document.Document):
                     + (", …" if len(layers) > 8 else "")
                 )
         return result
+
+
+def _unmatched(pattern: str, names: list[str]) -> str:
+    return f"{pattern!r} matches none; {nearest(pattern, names)}"
 
 
 def load_space(name: str | Path | Space) -> Space:

@@ -258,3 +258,62 @@ def test_ties_and_forbidden_pairs_are_read_and_checked(tmp_path: Path) -> None:
         _space(tmp_path, rules + "tie: [resdual]\n")
     with pytest.raises(SpaceError, match=r"own.yaml:2: forbid.*11 is not one of"):
         _space(tmp_path, rules + "forbid: [[{weight_bits: 11}, {layers: a}]]\n")
+
+
+# --- structure and training -------------------------------------------------------------------
+
+STRUCTURE = """
+rules: [{weight_bits: 8, activation_bits: 8}]
+pruning:
+  - {ratios: [0, 0.5, 0.25]}
+  - {groups: [stem, "layer?.*"], ratios: 0.5}
+rank: [{layers: "layer1.*", ranks: [full, 0.5, 8, "cp:4", separable, vbmf]}]
+drop: "layer1.*"
+student: {width: [0.5, 1]}
+importance: [l1, taylor]
+training: {steps: [0, 200], learning_rate: 0.01}
+"""
+
+
+def test_structure_is_offered_by_name_patterns(tmp_path: Path) -> None:
+    space = _space(tmp_path, STRUCTURE)
+    assert space.is_structural
+    assert space.ratios(["stem", "layer1.0", "head"]) == {
+        "stem": (0.5,),
+        "layer1.0": (0.5,),
+        "head": (0.5, 0.25, 0.0),
+    }
+    ranks = ("full", 0.5, 8, "cp:4", "separable", "vbmf")
+    assert space.ranks(["stem", "layer1.0"]) == {"layer1.0": ranks}
+    assert space.dropped(["layer1.0", "layer2.0"]) == ["layer1.0"]
+    assert space.training.dimensions() == {
+        "train:steps": (0, 200),
+        "train:learning_rate": (0.01,),
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("pruning: [{ratios: 1.0}]", "pruning.0.ratios: 1.0 is not a ratio from 0 to below 1"),
+        ("rank: [{ranks: [1.5]}]", "rank.0.ranks: 1.5 is not a rank"),
+        ("rank: [{ranks: ['cp:0']}]", "rank.0.ranks: 'cp:0' is not a rank"),
+        ("importance: l3", "importance: 'l3' is not one of l1, l2"),
+        ("training: {steps: -1}", "training.steps.0"),
+        ("training: {step: 1}", "step"),
+    ],
+)
+def test_an_impossible_structure_is_one_line(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(SpaceError) as caught:
+        _space(tmp_path, f"rules: [{{weight_bits: 8}}]\n{text}")
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_pattern_without_a_match_names_the_nearest(tmp_path: Path) -> None:
+    space = _space(tmp_path, STRUCTURE)
+    with pytest.raises(SpaceError, match=r"pruning: rule 2: 'stem' matches none; .*'steam'"):
+        space.ratios(["steam", "layer1.0"])
+    with pytest.raises(SpaceError, match=r"rank: rule 1: 'layer1\.\*' matches none"):
+        space.ranks(["head"])
+    with pytest.raises(SpaceError, match="drop: 'layer1"):
+        space.dropped(["layer2.0"])

@@ -10,6 +10,7 @@ from autoquant.calibration import Calibration
 from autoquant.candidate import Candidate
 from autoquant.compress.bank import Bank
 from autoquant.compress.qdq import assemble, resolve
+from autoquant.errors import CandidateError
 from autoquant.graph import Graph
 
 __all__ = ["Artifact", "compress"]
@@ -47,6 +48,9 @@ def compress(
 
     The same inputs give the same bytes. Raises CandidateError.
     """
+    for part in ("pruning", "rank", "training", "drop", "student"):
+        if getattr(candidate, part):
+            raise CandidateError(f"field {part!r} is not supported by this version; leave it out")
     resolved = resolve(graph, candidate)
     model = assemble(graph, resolved, calibration, bank, dialect)
     return Artifact(resolved, model.SerializeToString(deterministic=True))

@@ -121,9 +121,6 @@ def resolve(graph: Graph, candidate: Candidate) -> Candidate:
     for name in candidate.layers:
         if name not in graph.by_name:
             raise CandidateError(f"unknown layer {name!r}; {nearest(name, graph.by_name)}")
-    for part in ("pruning", "rank", "training"):
-        if getattr(candidate, part):
-            raise CandidateError(f"field {part!r} is not supported by this version; leave it out")
     layers = {}
     for layer in graph.layers:
         choice = candidate.choice(layer.name)

@@ -248,7 +248,7 @@ def search(
             say=say,
         )
         _check_predicted(objectives, settings, context)
-        start = moved(start, context.choices)
+        start = moved(start, context.choices, context.options)
         priors = _priors(context, task, run.folder, settings.resume, say)
         study = Study(
             context,

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from autoquant.candidate import Candidate, LayerChoice
 from autoquant.errors import RunError, nearest
 from autoquant.front import Front, find_run
+from autoquant.search.dimensions import Options, candidate_of, option_of
 from autoquant.search.study import read_trials
 
 Origins = list[tuple[str, Candidate]]
@@ -40,12 +42,14 @@ def _origin(run: str, trial: int) -> str:
 
 
 def moved(
-    start: Sequence[tuple[str, Candidate]], choices: Mapping[str, Sequence[LayerChoice]]
+    start: Sequence[tuple[str, Candidate]],
+    choices: Mapping[str, Sequence[LayerChoice]],
+    options: Options | None = None,
 ) -> Origins:
     """The candidates with the nearest choice that ``choices`` offers for each layer.
 
-    What a search does not choose, polishing for one, is left out. Raises RunError for a
-    compressed layer that the network does not have.
+    Of ``options`` they keep what there still is. What a search does not choose, polishing for
+    one, is left out. Raises RunError for a compressed layer that the network does not have.
     """
     found = []
     for origin, candidate in start:
@@ -55,8 +59,11 @@ def moved(
                     f"--start-from: {origin.removeprefix('start ')} compresses layer {name!r}, "
                     f"which this network does not have; {nearest(name, choices)}"
                 )
-        layers = {n: _nearest(candidate.choice(n), offered) for n, offered in choices.items()}
-        found.append((origin, Candidate(layers)))
+        picks: dict[str, Any] = {
+            n: _nearest(candidate.choice(n), offered) for n, offered in choices.items()
+        }
+        picks |= {n: option_of(candidate, n, c) for n, c in (options or {}).items()}
+        found.append((origin, candidate_of(picks)))
     return found
 
 

@@ -20,6 +20,7 @@ from autoquant.errors import CandidateError, RunError, nearest
 from autoquant.front import Front, members_of
 from autoquant.result import Cost, TrialResult
 from autoquant.search.coupling import conform
+from autoquant.search.dimensions import Options, candidate_of, option_of
 from autoquant.search.executor import Executor
 from autoquant.search.solver import Table
 from autoquant.search.trial import Against, Context, Limits, run_trial
@@ -132,8 +133,9 @@ class Study:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.context, self.settings = context, settings
         self.path = settings.folder / "trials.jsonl"
-        self.free = {n: c for n, c in context.choices.items() if len(c) > 1}
-        self.fixed = {n: c[0] for n, c in context.choices.items() if len(c) == 1}
+        self.dimensions: Options = {**context.choices, **context.options}
+        self.free = {n: c for n, c in self.dimensions.items() if len(c) > 1}
+        self.fixed = {n: c[0] for n, c in self.dimensions.items() if len(c) == 1}
         self.priors = {} if priors is None else dict(priors)
         told = read_trials(self.path) if resume else []
         self.results = [_judged(r, context.limits) for r in told]
@@ -240,13 +242,13 @@ class Study:
             additive = [(next(i for i, n in enumerate(objectives) if n != "accuracy"), "")]
         return SurrogateSampler(
             space={n: IntDistribution(0, len(c) - 1) for n, c in self.free.items()},
-            priors=[{n: t[n] for n in self.free} for t in self.priors.values()],
+            priors=[{n: t[n] for n in self.free if n in t} for t in self.priors.values()],
             costs={i: context.additive_cost(name) for i, name in additive},
             known=lambda p: [
-                None if n == "accuracy" else float(getattr(self._cost(self._layers(p)), n))
+                None if n == "accuracy" else float(getattr(self._cost(self._built(p)), n))
                 for n in objectives
             ],
-            excess=lambda p: context.limits.excess(self._cost(self._layers(p)), None),
+            excess=lambda p: context.limits.excess(self._cost(self._built(p)), None),
             learned=objectives.index("accuracy"),
             ideal=reference.value if by_metric else 0.0,
             noise=noise if by_metric else 0.0,
@@ -254,11 +256,11 @@ class Study:
             seed=self.settings.seed,
         )
 
-    def _layers(self, params: Mapping[str, int]) -> Candidate:
-        """The candidate of one index a layer, with ties and forbidden pairs kept."""
+    def _built(self, params: Mapping[str, int]) -> Candidate:
+        """The candidate of one index a dimension, with ties and forbidden pairs kept."""
         picked = {n: c[params[n]] for n, c in self.free.items()}
-        found = {n: picked.get(n, self.fixed.get(n, FLOAT)) for n in self.context.choices}
-        return self._allowed(Candidate(found))
+        found = {n: picked[n] if n in picked else self.fixed[n] for n in self.dimensions}
+        return self._allowed(candidate_of(found))
 
     def _allowed(self, candidate: Candidate) -> Candidate:
         context = self.context
@@ -420,26 +422,26 @@ class Study:
             self._enqueue(neighbour, "neighbour")
 
     def _candidate(self, trial: optuna.trial.Trial) -> Candidate:
-        """The trial's parameters: one ordinal index a layer."""
-        return self._layers({n: trial.suggest_int(n, 0, len(c) - 1) for n, c in self.free.items()})
+        """The trial's parameters: one ordinal index a dimension."""
+        return self._built({n: trial.suggest_int(n, 0, len(c) - 1) for n, c in self.free.items()})
 
     def _params(self, candidate: Candidate) -> dict[str, int]:
-        return {n: list(c).index(candidate.choice(n)) for n, c in self.free.items()}
+        return {n: c.index(option_of(candidate, n, c)) for n, c in self.free.items()}
 
     def _neighbour(self) -> Candidate | None:
-        """A new candidate near the front: one to three layers moved; None if none is found."""
+        """A new candidate near the front, moved along some dimensions; None if none is found."""
         members = members_of(self.results, self.settings.objectives)
-        starts = [m.candidate for m in members] or [Candidate(dict(self.fixed))]
+        starts = [m.candidate for m in members] or [candidate_of(self.fixed)]
         names = list(self.free)
         for attempt in range(_PATIENCE if names else 0):
             start = self.random.choice(starts)
-            layers = {n: start.choice(n) for n in self.context.choices}
+            picks = {n: option_of(start, n, c) for n, c in self.dimensions.items()}
             moves = min(len(names), 1 + attempt // 20)
             for name in self.random.sample(names, moves):
-                layers[name] = self.random.choice(self.free[name])
-            candidate = self._allowed(Candidate(layers))
+                picks[name] = self.random.choice(self.free[name])
+            candidate = self._allowed(candidate_of(picks))
             if candidate.key not in self.seen and all(
-                layers[n] in c for n, c in self.context.choices.items()
+                picks[n] in c for n, c in self.dimensions.items()
             ):
                 return candidate
         return None

@@ -7,7 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from autoquant.hardware import Hardware, load_hardware
 from autoquant.result import Cost, Score, TrialResult
 from autoquant.runtime import RUNTIMES, OnnxRuntime, Session, run_batches
 from autoquant.search.coupling import forbidden_pairs, tied_groups
+from autoquant.search.dimensions import Options
 from autoquant.space import Rule, Space, load_space
 from autoquant.task import Array, Split, Task, to_numpy
 
@@ -98,7 +99,8 @@ class Context:
     ``expected``: the float network's outputs on them. ``inputs``: the calibration batches,
     which polishing runs. ``original``: the float network as it came; ``graph`` is what the
     space's rescalings made of it, and computes the same. ``tied``: groups of layers that take
-    one choice; ``forbidden``: pairs of (layer, choice) that exclude each other.
+    one choice; ``forbidden``: pairs of (layer, choice) that exclude each other. ``options``: what
+    can be chosen beside the layers' bits, by dimension (`autoquant.search.dimensions`).
     """
 
     original: Graph
@@ -117,6 +119,7 @@ class Context:
     expected: Array
     tied: tuple[tuple[str, ...], ...] = ()
     forbidden: tuple[tuple[tuple[str, LayerChoice], tuple[str, LayerChoice]], ...] = ()
+    options: Options = field(default_factory=dict)
 
     def second(self, session: Session) -> float:
         """The divergence of an artifact's outputs on the second set of inputs, the probe."""
@@ -236,6 +239,7 @@ def prepare(
         original=original,
         tied=tied_groups(graph, settings, choices),
         forbidden=forbidden_pairs(settings, graph, choices),
+        options=settings.training.dimensions(),
         graph=graph,
         calibration=calibration.without_moments(),
         bank=bank,

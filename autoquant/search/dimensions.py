@@ -1,0 +1,63 @@
+"""The dimensions of a study and the candidates that they span.
+
+A layer's choice goes by the layer's bare name, everything else by its kind: ``prune:GROUP``
+(ratio), ``rank:LAYER`` (None: as it is), ``drop:BLOCK``, ``student:KEYWORD``, ``train:SETTING``
+and ``importance``. Options are in order, the most compressed first, so the last of each leaves the
+network as it is where the space offers that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from autoquant.candidate import FLOAT, Candidate, LayerChoice
+
+KINDS = ("prune", "rank", "drop", "student", "train")
+IMPORTANCE = "importance"
+Options = Mapping[str, tuple[Any, ...]]  # dimension → its options, in order
+
+
+def candidate_of(picks: Mapping[str, Any]) -> Candidate:
+    """The candidate of one option a dimension; training of no steps is none."""
+    found: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
+    layers: dict[str, LayerChoice] = {}
+    importance = "l2"
+    for dimension, option in picks.items():
+        if isinstance(option, LayerChoice):
+            layers[dimension] = option
+        elif dimension == IMPORTANCE:
+            importance = option
+        else:
+            kind, _, name = dimension.partition(":")
+            found[kind][name] = option
+    training = found["train"]
+    return Candidate(
+        layers,
+        pruning={n: ratio for n, ratio in found["prune"].items() if ratio},
+        rank={n: rank for n, rank in found["rank"].items() if rank is not None},
+        training=training if training.get("steps") else None,
+        drop=tuple(n for n, gone in found["drop"].items() if gone),
+        student={n: value for n, value in found["student"].items() if value is not None},
+        importance=importance,
+    )
+
+
+def option_of(candidate: Candidate, dimension: str, options: tuple[Any, ...]) -> Any:
+    """What a candidate has of a dimension; the last option where it has none of them."""
+    if isinstance(options[0], LayerChoice):
+        return candidate.layers.get(dimension, FLOAT)
+    kind, _, name = dimension.partition(":")
+    if kind == "train":
+        found = (candidate.training or {"steps": 0}).get(name)
+    elif kind == "prune":
+        found = candidate.pruning.get(name, 0.0)
+    elif kind == "rank":
+        found = candidate.rank.get(name)
+    elif kind == "drop":
+        found = name in candidate.drop
+    elif kind == "student":
+        found = candidate.student.get(name)
+    else:
+        found = candidate.importance
+    return found if found in options else options[-1]
