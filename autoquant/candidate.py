@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from autoquant.errors import CandidateError, nearest
+from autoquant.training import TrainingSettings
 
 WEIGHT_BITS = (2, 3, 4, 5, 6, 7, 8, 16, 32)
-ACTIVATION_BITS = (4, 6, 8, 16, 32)
+ACTIVATION_BITS = (3, 4, 6, 8, 16, 32)
 GRANULARITIES = ("channel", "tensor", "block32", "block64", "block128")
 ROUNDING_NAMES = ("nearest", "second-order", "adaround")
 IMPORTANCES = ("l1", "l2", "batchnorm", "taylor", "hessian", "activation", "stability")
@@ -32,7 +33,7 @@ class LayerChoice:
     """How one layer is stored and computed.
 
     ``weight_bits``: 2…8 integers, 16 (float16 storage, or integers with ``int16``), 32 float.
-    ``activation_bits``: of the layer's *input*: 4, 6 (clipped), 8, 16, or 32 (float).
+    ``activation_bits``: of the layer's *input*: 3, 4, 6 (clipped), 8, 16, or 32 (float).
     Weights below 32 with activations at 32 are *weight-only*: small file, float kernel.
     ``granularity``: one weight scale a ``channel``, a ``tensor``, or each ``block32``,
     ``block64`` or ``block128`` inputs of a channel (the last block may be short). Kernels for
@@ -183,7 +184,8 @@ class Candidate:
             document.pop("importance", None)
         if self.drop:
             document["drop"] = sorted(self.drop)
-        document["training"] = document["training"] or None
+        training = TrainingSettings.from_dict(self.training)
+        document["training"] = None if training.is_off else training.to_dict()
         text = json.dumps(document, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -247,6 +249,10 @@ class Candidate:
         training = value.get("training")
         if training is not None and not isinstance(training, Mapping):
             raise CandidateError(f"{where}: field 'training' must be a mapping or null")
+        try:
+            TrainingSettings.from_dict(training)
+        except CandidateError as error:
+            raise CandidateError(f"{where}: {error}") from None
         for name, ratio in parts["pruning"].items():
             if type(ratio) not in (int, float) or not 0 <= ratio < 1:
                 raise CandidateError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,11 @@ class Task:
     ``metric``: ``"top1"`` or a callable ``(outputs, targets) -> float`` over the concatenated
     split, higher is better.
     ``dynamic_axes``: beside the batch, ``{input name or index: {axis: name}}``.
+    ``train`` may have a method ``epoch(number)`` that gives the batches of one pass, shuffled
+    and augmented, the same whenever it is asked for that number; else it is read once and
+    shuffled. ``teacher``: a module or ONNX file to distil from, in place of the network.
+    ``loss``: of training, ``(outputs, targets)`` as torch tensors → a scalar tensor; without it
+    cross-entropy for ``top1``, and else the squared error of targets shaped as the outputs.
     """
 
     name: str
@@ -50,6 +55,8 @@ class Task:
     train: Iterable[Any] | None = None
     metric: str | Metric = "top1"
     dynamic_axes: Mapping[Any, Mapping[int, str]] | None = None
+    teacher: torch.nn.Module | str | Path | None = None
+    loss: Callable[[Any, Any], Any] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.example_inputs, tuple):
@@ -88,6 +95,14 @@ class Task:
         if batches is None:
             raise TaskError(f"task {self.name!r} has no {name} data; give Task(…, {name}=…)")
         return Split.load(f"task {self.name!r}: {name}", name, batches, self.example_inputs)
+
+    def epoch(self, number: int) -> Iterator[tuple[tuple[Array, ...], Array]]:
+        """The batches of ``train.epoch(number)``, checked. Raises TaskError."""
+        where = f"task {self.name!r}: train"
+        for i, item in enumerate(self.train.epoch(number)):  # type: ignore[union-attr]
+            inputs, target = _inputs_and_target(item, len(self.example_inputs), "train")
+            checked = _checked_inputs(f"{where} batch {i}", inputs, self.example_inputs)
+            yield checked, to_numpy(target)
 
 
 @dataclass(frozen=True, slots=True)

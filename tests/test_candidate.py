@@ -54,7 +54,7 @@ candidates = st.builds(
     layers=st.dictionaries(names, choices(), max_size=5),
     pruning=st.dictionaries(names, st.floats(0, 0.9), max_size=2),
     rank=st.dictionaries(names, st.integers(1, 64), max_size=2),
-    training=st.none() | st.dictionaries(names, st.integers(), max_size=2),
+    training=st.none() | st.fixed_dictionaries({"steps": st.integers(0, 9)}),
     polish=st.booleans(),
 )
 

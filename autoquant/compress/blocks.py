@@ -94,12 +94,13 @@ def run_block(
     weights: Mapping[str, Any] | None = None,
     biases: Mapping[str, Any] | None = None,
     quantize: Quantize | None = None,
+    kept: dict[str, Any] | None = None,
 ) -> Any:
     """The block's target as a torch tensor that gradients pass through.
 
     ``feeds``: its source and graph inputs. ``weights``, ``biases``: by layer, in place of the
     graph's. ``quantize(tensor, value, layer)``: what a node reads for a value (``layer`` None
-    where the reader is none). Raises Unsupported.
+    where the reader is none). ``kept``: tensors whose values it is given. Raises Unsupported.
     """
     import torch
 
@@ -130,11 +131,15 @@ def run_block(
         if owner is not None and owner.kind == "MatMul" and owner.name in biases:
             inputs[list(node.input).index(owner.bias or "")] = biases[owner.name]
         values[node.output[0]] = _apply(graph, node, inputs)
+    for name in kept or ():
+        kept[name] = values[name]  # type: ignore[index]
     return values[block.target]
 
 
 def _apply(graph: Graph, node: onnx.NodeProto, inputs: Sequence[Any]) -> Any:
     bounds = clamp_bounds(node, graph.initializers)
+    if bounds == (0.0, float("inf")):
+        return inputs[0].relu()  # the gradient of a clamp takes several times as long
     if bounds is not None:
         return inputs[0].clamp(*bounds)
     if node.op_type not in _OPERATORS or len(node.output) != 1:
@@ -246,6 +251,66 @@ def _concat(found: dict[str, Any], *parts: Any) -> Any:
     return torch.cat(parts, int(found["axis"]))
 
 
+def _shape(found: dict[str, Any], x: Any) -> Any:
+    import torch
+
+    return torch.tensor(x.shape[found.get("start", 0) : found.get("end")])
+
+
+def _range(_: dict[str, Any], start: Any, limit: Any, step: Any) -> Any:
+    import torch
+
+    return torch.arange(start.item(), limit.item(), step.item())
+
+
+def _gather(found: dict[str, Any], x: Any, index: Any) -> Any:
+    axis = int(found.get("axis", 0)) % x.ndim
+    taken = x.index_select(axis, index.reshape(-1))
+    return taken.reshape([*x.shape[:axis], *index.shape, *x.shape[axis + 1 :]])
+
+
+def _squeeze(_: dict[str, Any], x: Any, axes: Any = None) -> Any:
+    return x.squeeze() if axes is None else x.squeeze(tuple(axes.tolist()))
+
+
+def _unsqueeze(_: dict[str, Any], x: Any, axes: Any) -> Any:
+    rank = x.ndim + len(axes)
+    for axis in sorted(a % rank for a in axes.tolist()):
+        x = x.unsqueeze(axis)
+    return x
+
+
+def _cast(found: dict[str, Any], x: Any) -> Any:
+    import torch
+
+    kinds = {1: torch.float32, 6: torch.int32, 7: torch.int64, 9: torch.bool, 11: torch.float64}
+    if found["to"] not in kinds:
+        raise Unsupported("Cast to this type")
+    return x.to(kinds[found["to"]])
+
+
+def _expand(_: dict[str, Any], x: Any, shape: Any) -> Any:
+    import torch
+
+    target = torch.broadcast_shapes(x.shape, shape.tolist())  # type: ignore[no-untyped-call]
+    return x.expand(target)
+
+
+def _reduce(name: str) -> Callable[..., Any]:
+    """A reduction over axes that are given as an input."""
+
+    def run(found: dict[str, Any], x: Any, axes: Any = None) -> Any:
+        import torch
+
+        over = list(range(x.ndim)) if axes is None else axes.tolist()
+        keep = bool(found.get("keepdims", 1))
+        if name == "norm":
+            return torch.linalg.vector_norm(x, 2, over, keep)
+        return getattr(torch, name)(x, over, keepdim=keep)
+
+    return run
+
+
 _OPERATORS: dict[str, Callable[..., Any]] = {
     "Conv": _conv,
     "Gemm": _gemm,
@@ -273,4 +338,14 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     "Transpose": lambda found, x: x.permute(*found.get("perm", range(x.ndim)[::-1])),
     "Slice": _slice,
     "Pad": _pad,
+    "Shape": _shape,
+    "Range": _range,
+    "Gather": _gather,
+    "Squeeze": _squeeze,
+    "Unsqueeze": _unsqueeze,
+    "Cast": _cast,
+    "Expand": _expand,
+    "ReduceSum": _reduce("sum"),
+    "ReduceMean": _reduce("mean"),
+    "ReduceL2": _reduce("norm"),
 }

@@ -298,7 +298,7 @@ class _Grids:
         bits = 8 if tensor in self.plan.roots else 32
         if reader is not None:
             choice = self.candidate.choice(reader.name)
-            if choice.activation_bits in (4, 6):
+            if choice.activation_bits < 8:
                 bits = choice.activation_bits
             elif choice.dynamic or choice.activation_bits > 8:
                 bits = 32

@@ -69,7 +69,7 @@ class Plan:
     an n-bit kernel; see `mode`.
     ``roots``: tensor on an 8-bit grid → tensor whose grid it shares (itself, or further up).
     ``int8_nodes``: nodes whose output exists only quantized. ``narrow``: tensor → widths other
-    than 8 (4, 6, 16) that consumers read. ``units``: join node → node that ends its unit.
+    than 8 (3, 4, 6, 16) that consumers read. ``units``: join node → node that ends its unit.
     """
 
     modes: dict[str, str] = field(default_factory=dict)
