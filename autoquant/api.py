@@ -115,10 +115,11 @@ def search(
     page = _Report()
     bar = ProgressBar()
     heard: list[Callback] = [bar] if progress else []
-    heard += [page, *callbacks]
+    heard.append(page)
     tracker = MlflowTracker(tracking_uri, Path(options.runs_dir)) if tracking else None
     if tracker is not None:
         heard.append(_Tracking(tracker, page, found.name, options.resume))
+    heard += callbacks
     try:
         return run_search(found, options, source=source, callbacks=heard)
     except BaseException as error:

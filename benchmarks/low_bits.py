@@ -1,12 +1,12 @@
 """Post-training accuracy at 2 to 8 average weight bits, without labels or training.
 
-    python benchmarks/low_bits.py [NETWORK …] [--seeds 3]     # about 45 minutes on two cores
+    python benchmarks/low_bits.py [NETWORK …] [--seeds 3] [--first 0]  # about 45 minutes, two cores
 
 For each network, width set and budget of average bits: the exact solution under the priors that
 a search starts from, its file scored in onnxruntime on the test split, for three draws of
 calibration data; and again after polishing where the budget is below 6 bits (not for MiniLM).
 512 calibration images or sentences, 256 for EfficientNet-Lite0; activations 8 bits where not said
-otherwise. A run of some networks keeps the rows of the others. Needs AUTOQUANT_DATA.
+otherwise. A run of some networks or draws keeps the rows of the others. Needs AUTOQUANT_DATA.
 """
 
 from __future__ import annotations
@@ -179,13 +179,14 @@ def summarize(rows: list[dict[str, Any]]) -> list[dict[str, object]]:
 
 
 def main() -> None:
-    """All cases, a summary over seeds, the record; networks left out keep their rows."""
+    """All cases, a summary over seeds, the record; what is left out keeps its rows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("networks", nargs="*", default=list(CASES))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first", type=int, default=0, help="the first draw to run")
     options = parser.parse_args()
     for name in options.networks:
-        for seed in range(options.seeds):
+        for seed in range(options.first, options.seeds):
             fresh = measure(name, seed)
             path = RESULTS / "low_bits.json"  # read again: another network may run beside this
             known = json.loads(path.read_text())["rows"] if path.is_file() else []

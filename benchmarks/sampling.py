@@ -1,20 +1,23 @@
 """Samplers compared: what a search of a given number of trials finds.
 
-    python benchmarks/sampling.py                         # about 40 minutes on two quiet cores
+    python benchmarks/sampling.py                         # about an hour on each of two cores
     python benchmarks/sampling.py --trials 60 --seeds 1 --configurations default tpe-cold
 
 ResNet-20 in the `mixed` space, validation accuracy against packed weight bytes. Each sampler runs
-warm (after the uniform candidates and the solver's curve) and cold (after neither); ``default`` is
-the surrogate, ``solver`` the curve alone, with as many points as there are trials. Every
-configuration follows the divergence on validation; ``default-metric`` follows the accuracy.
+warm (after the first trials of a search: uniform candidates and exact solutions) and cold (after
+neither); ``default`` is the surrogate, ``solver`` the exact curve alone, with as many points as
+there are trials. Every configuration follows the divergence on validation; ``default-metric``
+follows the accuracy. A seed draws the calibration images and seeds the sampler. As in a search,
+what a sampler proposes replaces a candidate at about its cost only if the second inputs agree.
 
 After 25, 50, 100 and 200 trials: the hypervolume on validation and, of the same members, on the
 test split (reference point: float's accuracy less five points there, half the bytes of 8-bit
 weights; 1 is float's accuracy at no bytes), and the accuracy at no more than 2.5, 3 and 4 average
 bits of the member that is best on validation, there and on the test split. The test split is read
-for the report alone. Scores are kept by candidate
-in a temporary folder, so that configurations share them. Then the same on a made-up problem of 60
-layers whose prior is wrong and whose layers interact. Needs AUTOQUANT_DATA for the networks.
+for the report alone. Scores are kept by candidate in a temporary folder, so that configurations
+share them, and a run of some configurations keeps the record's others. Then the same on a made-up
+problem of 60 layers whose prior is wrong and whose layers interact. Needs AUTOQUANT_DATA for the
+networks.
 """
 
 from __future__ import annotations
@@ -28,23 +31,22 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from record import record
+from record import RESULTS, record
 
 sys.path.insert(0, str(Path(__file__).parent / "tasks"))
 
 from autoquant.candidate import Candidate
 from autoquant.front import hypervolume, nondominated
 from autoquant.runtime import OnnxRuntime
-from autoquant.search import mean_of
+from autoquant.search import first_candidates, mean_of
 from autoquant.search.sampler import SurrogateSampler
 from autoquant.search.sensitivity import priors
 from autoquant.search.solver import curve
-from autoquant.search.study import uniform_candidates
-from autoquant.search.trial import evaluator_for, float_model, prepare
+from autoquant.search.study import NEAR, uniform_candidates
+from autoquant.search.trial import Pick, closer_pick, evaluator_for, float_model, prepare
 
 AFTER = (25, 50, 100, 200)
 BITS = (2.5, 3.0, 4.0)
-POINTS = 14  # of the curve that warm searches begin with
 CONFIGURATIONS = (
     "default", "default-metric", "default-no-prior", "solver",
     "tpe-warm", "tpe-cold", "nsga2-warm", "nsga2-cold", "random-warm", "random-cold",
@@ -54,20 +56,21 @@ CONFIGURATIONS = (
 class Problem:
     """One network: candidates, their scores (kept on disk), and their bytes."""
 
-    def __init__(self, name: str, folder: Path) -> None:
+    def __init__(self, name: str, folder: Path, seed: int) -> None:
         import cifar10
+        import imagenet
 
-        self.task = getattr(cifar10, name)()
+        self.task = getattr(imagenet if name == "efficientnet_lite0" else cifar10, name)(seed=seed)
         self.context = prepare(self.task, space="mixed", latency=False)
         self.choices = self.context.choices
         self.test = evaluator_for(self.task, self.context.graph, "test")
         self.test.set_reference(OnnxRuntime().open(float_model(self.context.graph)))
-        found = priors(self.context, self.task, workers=2)
+        found = priors(self.context, self.task, workers=1)
         self.priors = {name: result.table for name, result in found.items()}
         self.prior = mean_of(self.priors)
         self.costs = self.context.additive_cost("weight_bytes")
         self.weights = sum(x.parameters for x in self.context.graph.layers)
-        self.folder = folder / name
+        self.folder = folder / f"{name}-{seed}"
         self.folder.mkdir(exist_ok=True)
         self.names = [n for n, c in self.choices.items() if len(c) > 1]
         reference = self.context.evaluator.reference
@@ -92,14 +95,18 @@ class Problem:
             evaluator = self.context.evaluator if split == "validation" else self.test
             score = evaluator.score(session)
             found = {"accuracy": score.value, "divergence": score.divergence}
+            if split == "validation":
+                found["second"] = self.context.second(session)
             path.write_text(json.dumps(found))
         found: dict[str, float] = json.loads(path.read_text())
         return found
 
 
-def first(problem: Problem, points: int = POINTS) -> list[Candidate]:
-    found = uniform_candidates(problem.choices)
-    return [*found, *curve(problem.choices, problem.prior, problem.costs, points)]
+def first(problem: Problem) -> list[Candidate]:
+    """What a search of two objectives runs before its sampler proposes."""
+    objectives = ("accuracy", "weight_bytes")
+    found = first_candidates(problem.context, objectives, problem.priors, [])
+    return [candidate for _, candidate in found]
 
 
 def sampler(name: str, problem: Problem, seed: int):
@@ -137,14 +144,16 @@ def trials(problem: Problem, name: str, seed: int, count: int) -> list[Candidate
     import optuna
 
     if name == "solver":
-        return list(dict.fromkeys(first(problem, count)))[:count]
+        found = uniform_candidates(problem.choices)
+        found += curve(problem.choices, problem.prior, problem.costs, count - len(found))
+        return list(dict.fromkeys(found))
     metric = name == "default-metric"
     study = optuna.create_study(
         directions=["maximize" if metric else "minimize", "minimize"],
         sampler=sampler(name, problem, seed),
     )
     if not name.endswith("cold"):
-        for candidate in dict.fromkeys(first(problem)):
+        for candidate in first(problem):
             study.enqueue_trial(problem.params(candidate))
     found: dict[str, Candidate] = {}
     for _ in range(4 * count):  # samplers may repeat themselves
@@ -157,6 +166,25 @@ def trials(problem: Problem, name: str, seed: int, count: int) -> list[Candidate
         value = scored["accuracy" if metric else "divergence"]
         study.tell(trial, [value, problem.bytes(trial.params)])
     return list(found.values())
+
+
+def agreed(problem: Problem, found: Sequence[Candidate], cold: bool) -> list[Candidate]:
+    """Without those that a search would stop since the second inputs speak against them."""
+    uniform = set(uniform_candidates(problem.choices))
+    begun = set() if cold else set(first(problem))
+    kept: list[Candidate] = []
+    picks: list[tuple[float, Pick]] = []
+    for number, candidate in enumerate(found):
+        score, cost = problem.score(candidate), problem.bytes(problem.params(candidate))
+        near = [p for at, p in picks if cost <= at <= NEAR * cost]
+        replaced = [p for p in near if score["accuracy"] >= p.accuracy]
+        proposed = candidate not in begun
+        if proposed and closer_pick(replaced, score["accuracy"], score["second"]) is not None:
+            continue
+        kept.append(candidate)
+        if candidate in begun - uniform or (proposed and replaced):
+            picks.append((cost, Pick(number, score["accuracy"], score["second"])))
+    return kept
 
 
 def figures(problem: Problem, found: Sequence[Candidate]) -> dict[str, object]:
@@ -193,18 +221,19 @@ def summary(rows: Sequence[Mapping[str, object]], key: Callable[[Mapping[str, ob
 
 
 def network(name: str, options: argparse.Namespace, folder: Path) -> dict[str, object]:
-    problem = Problem(name, folder)
-    result: dict[str, object] = {"float": problem.float, "weights": problem.weights}
+    problems = [Problem(name, folder, seed) for seed in range(options.seeds)]
+    result: dict[str, object] = {"float": problems[0].float, "weights": problems[0].weights}
+    after = sorted({n for n in AFTER if n < options.trials} | {options.trials})
     for configuration in options.configurations:
         rows: dict[int, list[dict[str, object]]] = {}
-        for seed in range(1 if configuration == "solver" else options.seeds):
+        for seed, problem in enumerate(problems):
             start = time.process_time()
             if configuration == "solver":
-                runs = {n: trials(problem, "solver", seed, n) for n in AFTER if n <= options.trials}
+                runs = {n: trials(problem, "solver", seed, n) for n in after}
             else:
                 whole = trials(problem, configuration, seed, options.trials)
-                runs = {n: whole[:n] for n in AFTER if n <= options.trials}
-                runs[options.trials] = whole
+                cold = configuration.endswith("cold")
+                runs = {n: agreed(problem, whole[:n], cold) for n in after}
             for count, found in runs.items():
                 rows.setdefault(count, []).append(figures(problem, found))
             spent = time.process_time() - start
@@ -368,6 +397,13 @@ def ask_ms(layers: int = 60, count: int = 2000) -> float:
     return float(np.median(times[1:]))
 
 
+def known(name: str) -> dict[str, object]:
+    """What the record has of a network, since configurations may run one by one."""
+    path = RESULTS / "sampling.json"
+    found: dict[str, dict[str, object]] = json.loads(path.read_text()) if path.is_file() else {}
+    return found.get(name, {})
+
+
 def main() -> None:
     """Networks, the made-up problem, the bars, the record."""
     import optuna
@@ -387,6 +423,7 @@ def main() -> None:
         folder = options.folder or Path(temporary)
         for name in options.networks:
             found = network(name, options, folder)
+            found = {**known(name), **found}
             result[name] = found
             print(json.dumps({name: found}), flush=True)
             if {"default", "tpe-cold"} <= set(found) and options.trials >= 200:

@@ -503,11 +503,11 @@ def test_a_refined_trial_needs_the_second_inputs_to_agree(tmp_path: Path) -> Non
     plain = trials.run_trial(found, uniform(4), 0, against=trials.Against("solver"))
     assert plain.status == "complete" and plain.second is not None and plain.score is not None
     for second, status in ((0.5 * plain.second, "stopped"), (2 * plain.second, "complete")):
-        pick = (7, plain.score.value, second)
+        pick = trials.Pick(7, plain.score.value, second)
         result = trials.run_trial(found, uniform(4), 1, against=trials.Against(picks=(pick,)))
         assert result.status == status and result.second == plain.second
         assert (result.why or "").startswith("trial 7" if status == "stopped" else "")
-    better = trials.Against(picks=((7, plain.score.value + 0.1, 0.0),))  # it replaces no pick
+    better = trials.Against(picks=(trials.Pick(7, plain.score.value + 0.1, 0.0),))  # not replaced
     result = trials.run_trial(found, uniform(4), 1, against=better)
     assert result.status == "complete" and result.second is None
 

@@ -29,6 +29,11 @@ from autoquant.space import Space
 from autoquant.task import Task
 
 
+@pytest.fixture(autouse=True)
+def no_cache_of_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AUTOQUANT_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="module")
 def context(tmp_path_factory: pytest.TempPathFactory) -> Context:
     return prepare(task(tmp_path_factory.mktemp("task")), space=SPACE, latency=False)
@@ -294,6 +299,24 @@ def divergence_of(context: Context, candidate: Candidate) -> float:
         for c in (Candidate(), candidate)
     )
     return divergence(reference, changed, classes=True)
+
+
+def test_a_second_estimate_comes_from_the_cache(
+    context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = estimate(context, estimator="measured")
+
+    def fail(_: object) -> None:
+        raise AssertionError("it was estimated again")
+
+    monkeypatch.setitem(ESTIMATORS, "measured", fail)
+    heard: list[str] = []
+    assert estimate(context, estimator="measured", say=heard.append) == first
+    assert "from the cache" in heard[0]
+    (path,) = (tmp_path / "cache").iterdir()
+    path.write_text("{")  # damaged: estimated again
+    with pytest.raises(AssertionError, match="again"):
+        estimate(context, estimator="measured")
 
 
 def test_it_is_stored_and_read_for_the_same_choices_only(context: Context) -> None:

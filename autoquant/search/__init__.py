@@ -265,7 +265,7 @@ def search(
                 patience=settings.patience,
             ),
             settings.resume,
-            first=lambda: _first(context, objectives, priors, start),
+            first=lambda: first_candidates(context, objectives, priors, start),
             priors=priors,
         )
     except BaseException:
@@ -367,7 +367,7 @@ def mean_of(priors: Mapping[str, Table]) -> Table:
     return found
 
 
-def _first(
+def first_candidates(
     context: Context,
     objectives: Sequence[str],
     priors: Mapping[str, Table],

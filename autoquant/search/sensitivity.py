@@ -17,6 +17,7 @@ All are in the units of `divergence`, and no value of a layer falls as its bits 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -24,11 +25,13 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from autoquant import evaluate
+from autoquant.cache import cache_folder, write_atomically
 from autoquant.calibration import rebatch
 from autoquant.candidate import Candidate, LayerChoice
 from autoquant.compress.qdq import grid
@@ -143,13 +146,19 @@ def estimate(
 
     ``task`` brings the torch module, which ``fisher`` and ``combined`` need; where they are
     not available, another one is taken and ``notes`` says so. ``base``: for the measured ones,
-    the candidate that each layer is changed from. Raises RunError for an unknown name.
+    the candidate that each layer is changed from. Tables are kept in the cache folder by all
+    that they depend on. Raises RunError for an unknown name.
     """
     if estimator != AUTO and estimator not in ESTIMATORS:
         raise RunError(f"sensitivity {estimator!r}: {nearest(estimator, [AUTO, *ESTIMATORS])}")
     start = time.perf_counter()
-    key = content_key(context, estimator, base)
     request = Request(context, _module(task), base or Candidate(), workers)
+    key = content_key(context, estimator, base, request.module)
+    path = cache_folder() / f"sensitivity-{key}.json"
+    kept = _kept(path, context.choices)
+    if kept is not None:
+        say(f"sensitivity of {len(context.choices)} layers: {kept.estimator}, from the cache")
+        return kept
     chosen = _affordable(request) if estimator == AUTO else estimator
     guess = expected_seconds(request, chosen)
     say(f"sensitivity of {len(context.choices)} layers: {chosen}, about {guess:.0f} s")
@@ -165,7 +174,19 @@ def estimate(
         say(f"sensitivity: {note}")
     seconds = time.perf_counter() - start
     say(f"sensitivity: {seconds:.1f} s")
-    return Sensitivity(table, context.choices, chosen, seconds, key, tuple(request.notes))
+    found = Sensitivity(table, context.choices, chosen, seconds, key, tuple(request.notes))
+    with contextlib.suppress(OSError):  # it can be made again
+        write_atomically(path, lambda file: file.write(json.dumps(found.to_dict()).encode()))
+    return found
+
+
+def _kept(path: Path, choices: Choices) -> Sensitivity | None:
+    """What an earlier run left in the cache; None where there is nothing, or it is damaged."""
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+        return Sensitivity.from_dict(read, choices)
+    except (OSError, ValueError, RunError):
+        return None
 
 
 def priors(
@@ -179,12 +200,18 @@ def priors(
     return {result.estimator: result for result in found}
 
 
-def content_key(context: Context, estimator: str = AUTO, base: Candidate | None = None) -> str:
+def content_key(
+    context: Context,
+    estimator: str = AUTO,
+    base: Candidate | None = None,
+    module: torch.nn.Module | None = None,
+) -> str:
     """16 hex digits over what a sensitivity depends on: a stored one of this key still holds."""
     parts = {
         "graph": context.graph.fingerprint,
-        "rounding": context.bank.rounding,
+        "bank": [context.bank.content_key(), context.bank.rounding],
         "calibration": [context.calibration.method, context.calibration.samples],
+        "module": None if module is None else repr(module),  # its weights are the graph's
         "dialect": context.hardware.dialect,
         "metric": context.evaluator.metric_name,
         "choices": {n: [c.to_dict() for c in found] for n, found in context.choices.items()},

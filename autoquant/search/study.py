@@ -23,7 +23,7 @@ from autoquant.search.coupling import conform
 from autoquant.search.dimensions import Options, candidate_of, option_of
 from autoquant.search.executor import Executor
 from autoquant.search.solver import Table
-from autoquant.search.trial import Against, Context, Limits, run_trial
+from autoquant.search.trial import Against, Context, Limits, Pick, run_trial
 
 if TYPE_CHECKING:
     import optuna
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 SAMPLERS = ("surrogate", "tpe", "nsga2", "random")
 SIGNALS = ("divergence", "metric")
-_NEAR = 1.05  # a pick's cost relative to that of a trial that may replace it, at most
+NEAR = 1.05  # a pick's cost relative to that of a trial that may replace it, at most
 _ADDITIVE = ("size_bytes", "weight_bytes", "average_weight_bits", "latency_ms", "bops")
 _PATIENCE = 200  # proposals in a row without a new candidate before the space counts as done
 
@@ -292,7 +292,7 @@ class Study:
         return [r for r in results if r.trial in kept]
 
     def _against(self, candidate: Candidate, origin: str) -> Against:
-        """The best member that costs no more, and the solver's picks at about the same cost."""
+        """The best member that costs no more, and the picks at about the same cost."""
         if origin in ("uniform", "polish"):
             return Against(origin)
         names = [n for n in self.settings.objectives if n != "accuracy"]
@@ -310,11 +310,11 @@ class Study:
                 best = result
         picks = []
         for result in self.results if origin != "solver" else ():
-            if result.origin != "solver" or result.status != "complete" or result.second is None:
+            if result.status != "complete" or result.second is None:
                 continue
-            near = [a <= b <= _NEAR * a for a, b in zip(mine, costs(result), strict=True)]
+            near = [a <= b <= NEAR * a for a, b in zip(mine, costs(result), strict=True)]
             if all(near):
-                picks.append((result.trial, _value(result), result.second))
+                picks.append(Pick(result.trial, _value(result), result.second))
         if best is None:
             return Against(origin, picks=tuple(picks))
         return Against(origin, best.trial, best.evidence, tuple(picks))

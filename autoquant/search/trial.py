@@ -75,19 +75,36 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
+class Pick:
+    """A solver's pick, or what has replaced one: its trial, its metric on validation, and its
+    divergence on the second inputs."""
+
+    trial: int
+    accuracy: float
+    second: float
+
+
+@dataclass(frozen=True, slots=True)
 class Against:
     """What a trial is compared with while it runs.
 
     ``origin``: what proposed its candidate. ``trial``, ``evidence``: the best member that costs
-    no more in any objective; the trial stops where that is surely better. ``picks``: the
-    solver's picks that it would replace at about their cost, as (trial, metric, divergence on
-    the second inputs).
+    no more in any objective; the trial stops where that is surely better. ``picks``: those that
+    it would replace at about their cost.
     """
 
     origin: str = "sampler"
     trial: int | None = None
     evidence: str | None = None
-    picks: tuple[tuple[int, float, float], ...] = ()
+    picks: tuple[Pick, ...] = ()
+
+
+def closer_pick(picks: Sequence[Pick], accuracy: float, second: float | None) -> int | None:
+    """The first pick that a candidate would replace by its metric, though the second inputs
+    say that the pick is closer to float; None where they agree."""
+    if second is None:
+        return None
+    return next((p.trial for p in picks if accuracy >= p.accuracy and second > p.second), None)
 
 
 @dataclass(frozen=True)
@@ -487,16 +504,16 @@ def run_trial(
         result = replace(result, score=score, measured=measured, evidence=found.evidence)
         if found.stopped:
             return replace(result, status="stopped", why=f"dominated by trial {against.trial}")
-        replaced = [pick for pick in against.picks if score.value >= pick[1]]
+        replaced = [pick for pick in against.picks if score.value >= pick.accuracy]
         if against.origin == "solver" or replaced:
             result = replace(result, second=context.second(session))
             timed("second", clock)
         if max(context.limits.excess(predicted, score.drop).values(), default=0.0) > 0:
             return replace(result, status="infeasible")
-        for pick, _, second in replaced:
-            if result.second is not None and result.second > second:
-                why = f"trial {pick} is closer to float on a second set of inputs"
-                return replace(result, status="stopped", why=why)
+        better = closer_pick(replaced, score.value, result.second)
+        if better is not None:
+            why = f"trial {better} is closer to float on a second set of inputs"
+            return replace(result, status="stopped", why=why)
         return replace(result, status="complete")
     except AutoquantError as error:
         return replace(result, status="failed", error=str(error))
