@@ -332,27 +332,34 @@ def test_a_trial_is_compared_with_the_best_member_that_costs_no_more(
     assert compared
 
 
-def test_the_solvers_picks_stand_for_trials_at_their_cost(small: Context, tmp_path: Path) -> None:
+def test_trials_with_second_inputs_stand_for_trials_at_their_cost(
+    small: Context, tmp_path: Path
+) -> None:
+    def is_seen(trial: int) -> bool:
+        return trial < 4 or trial % 2 == 0
+
     def second(result: TrialResult) -> TrialResult:
         assert executor.against[result.trial] is not None
         origin = "solver" if result.trial < 4 else "sampler"
-        return replace(result, origin=origin, second=0.1)
+        return replace(result, origin=origin, second=0.1 if is_seen(result.trial) else None)
 
     executor = Fake(small, before=second)
     first = lambda: [("solver", c) for c in uniform_candidates(small.choices)]  # noqa: E731
     study = Study(small, settings(tmp_path, trials=30), False, first)
     study.run(executor, [])
-    by_trial = {r.trial: r for r in study.results}
+    by_trial, refined = {r.trial: r for r in study.results}, set()
     for number, against in executor.against.items():
         assert against is not None
         if number < 4:
             assert against.origin == "solver" and not against.picks
-        for pick, value, divergence in against.picks:
-            own, other = by_trial[number].predicted, by_trial[pick].predicted
+        for pick in against.picks:
+            own, other = by_trial[number].predicted, by_trial[pick.trial].predicted
             assert own is not None and other is not None
-            assert pick < 4 and divergence == 0.1
-            assert value == by_trial[pick].score.value  # type: ignore[union-attr]
+            assert is_seen(pick.trial) and pick.trial < number and pick.second == 0.1
+            assert pick.accuracy == by_trial[pick.trial].score.value  # type: ignore[union-attr]
             assert own.size_bytes <= other.size_bytes <= 1.05 * own.size_bytes
+            refined.add(pick.trial >= 4)
+    assert refined == {True, False}
 
 
 def test_stopped_trials_are_told_and_are_no_members(small: Context, tmp_path: Path) -> None:
