@@ -20,8 +20,9 @@ from autoquant.front import Front, Member
 from autoquant.hardware import Hardware, load_hardware
 from autoquant.progress import ProgressBar
 from autoquant.result import TrialResult
-from autoquant.search import SearchSettings, write_text
+from autoquant.search import SearchSettings
 from autoquant.search import search as run_search
+from autoquant.search.run import write_text
 from autoquant.search.sensitivity import estimate
 from autoquant.search.study import Callback, read_trials
 from autoquant.search.trial import Scored, prepare, score_candidate

@@ -40,7 +40,7 @@ from autoquant.graph import LAYER_KINDS
 from autoquant.hardware import Hardware
 from autoquant.result import Score
 from autoquant.runtime import SESSION_CONFIG, OnnxRuntime, OnnxSession, describe
-from autoquant.search import describe_environment
+from autoquant.search.run import describe_environment
 from autoquant.search.trial import evaluator_for, float_model
 from autoquant.task import Array, Task
 

@@ -11,7 +11,7 @@ RESULTS = Path(__file__).parent / "results"
 
 def record(name: str, figures: dict[str, Any], write: bool = True) -> None:
     """Write ``results/NAME.json``: the figures and what they were measured with."""
-    from autoquant.search import describe_environment
+    from autoquant.search.run import describe_environment
 
     if write:
         RESULTS.mkdir(exist_ok=True)

@@ -7,8 +7,6 @@ import datetime
 import json
 import math
 import os
-import platform
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,9 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import yaml
 
-from autoquant import document
 from autoquant.calibration import fixed_batch
 from autoquant.candidate import ACTIVATION_BITS, WEIGHT_BITS, Candidate
 from autoquant.compress import Artifact
@@ -34,10 +30,11 @@ from autoquant.front import (
     reference_point,
     relative_hypervolume,
 )
-from autoquant.hardware import Hardware, LatencyModel, load_hardware
+from autoquant.hardware import Hardware, load_hardware
 from autoquant.result import TrialResult
-from autoquant.runtime import RUNTIMES, describe, measure
+from autoquant.runtime import RUNTIMES, measure
 from autoquant.search import executor as executors
+from autoquant.search.run import Run, describe_environment, open_run, write_json
 from autoquant.search.sensitivity import Sensitivity
 from autoquant.search.sensitivity import priors as priors_of
 from autoquant.search.solver import Table, curve
@@ -70,9 +67,6 @@ POLISHED = 2  # members of the front that a search polishes, and one for each hu
 OBJECTIVES = ("accuracy", "latency_ms", "size_bytes")
 _COST_LIMITS = ("max_size_bytes", "max_latency_ms", "max_energy_mj", "max_peak_memory_bytes")
 _NOT_MEASURED = dict.fromkeys(("latency_ms", "latency_median_ms", "latency_spread_ms"))
-_SAME_ON_RESUME = (
-    *("task", "space", "hardware", "objectives", "batch", "threads", "seed", "start_from"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +215,7 @@ def search(
     started = time.perf_counter()
     objectives = check_objectives(settings.objectives)
     start = [] if settings.start_from is None else _read_start(settings)
-    run = _open_run(task, settings, source or {"task": task.name})
+    run = _open(task, settings, source or {"task": task.name})
 
     def say(text: str) -> None:
         for callback in callbacks:
@@ -290,6 +284,13 @@ def search(
     if not front.members:
         raise NoFeasibleMember(_why_none(run.name, results))
     return front
+
+
+def _open(task: Task, settings: SearchSettings, source: Mapping[str, Any]) -> Run:
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    name = settings.name or f"{task.name}-{settings.fixed_space().name}-{stamp}"
+    content = {**source, **settings.to_dict(), "name": name}
+    return open_run(Path(settings.runs_dir), name, content, settings.resume)
 
 
 def _check_predicted(objectives: Sequence[str], settings: SearchSettings, context: Context) -> None:
@@ -494,7 +495,7 @@ def _front(
     context: Context,
     results: Sequence[TrialResult],
     objectives: Sequence[str],
-    run: _Run,
+    run: Run,
     say: Any,
 ) -> Front:
     reference = context.evaluator.reference
@@ -628,126 +629,3 @@ def _save_inputs(context: Context, path: Path) -> None:
         np.savez(path, allow_pickle=False, **{n: a[:rows] for n, a in arrays.items()})
     except OSError as error:
         raise RunError(f"{path}: cannot be written: {error.strerror}") from None
-
-
-# --- the run folder --------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class _Run:
-    """A run folder, new or continued."""
-
-    name: str
-    folder: Path
-    content: dict[str, Any]
-    fresh: bool
-    seconds: float = 0.0
-
-    @property
-    def latency(self) -> Path:
-        """Where the run keeps its latency model: one run, one model."""
-        return self.folder / "latency.json"
-
-    def hardware(self, profile: Hardware) -> Hardware:
-        """The profile with the latency model of the run that is resumed."""
-        if profile.model is None and self.latency.is_file():
-            model = document.read(self.latency, LatencyModel, RunError)
-            return profile.model_copy(update={"model": model})
-        return profile
-
-    def write(self, environment: Mapping[str, Any]) -> None:
-        """Write study.yaml and environment.json."""
-        text = yaml.safe_dump(self.content, sort_keys=False, allow_unicode=True)
-        write_text(self.folder / "study.yaml", text)
-        write_json(self.folder / "environment.json", environment)
-
-    def discard(self) -> None:
-        """Remove a new folder that never got to hold a trial."""
-        if self.fresh:
-            for path in self.folder.iterdir():
-                if path.is_file() or path.is_symlink():
-                    path.unlink()
-            self.folder.rmdir()
-
-
-def _open_run(task: Task, settings: SearchSettings, source: Mapping[str, Any]) -> _Run:
-    """Make the run folder, or check that the one to resume fits. Raises RunError."""
-    base = Path(settings.runs_dir)
-    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    name = settings.name or f"{task.name}-{settings.fixed_space().name}-{stamp}"
-    folder = base / name
-    content = {**source, **settings.to_dict(), "name": name}
-    if settings.resume:
-        path = folder / "study.yaml"
-        if not path.is_file():
-            raise RunError(f"--resume: there is no run {name!r} under {base}")
-        try:
-            before = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise RunError(f"{path}: not YAML: {' '.join(str(error).split())[:200]}") from None
-        if not isinstance(before, dict):
-            raise RunError(f"{path}: expected the fields of a search")
-        if settings.start_from is None:
-            content["start_from"] = before.get("start_from")
-        for key in _SAME_ON_RESUME:
-            if before.get(key) != json.loads(json.dumps(content.get(key))):
-                raise RunError(
-                    f"--resume: {key} differs from {path}; "
-                    "give the same one, or choose another --name"
-                )
-        try:
-            seconds = Front.read(folder).seconds
-        except RunError:  # none yet, or damaged: it is written anew
-            seconds = 0.0
-        return _Run(name, folder, content, fresh=False, seconds=seconds)
-    try:
-        base.mkdir(parents=True, exist_ok=True)
-        folder.mkdir()
-    except OSError as error:
-        if folder.exists():
-            raise RunError(
-                f"run {name!r} exists in {base}: add --resume to continue it, or another --name"
-            ) from None
-        raise RunError(f"{folder}: cannot be made: {error.strerror}") from None
-    return _Run(name, folder, content, fresh=True)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Replace a JSON file at once. Raises RunError."""
-    write_text(path, json.dumps(content, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a text file at once. Raises RunError."""
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(temporary).chmod(0o644)
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written: {error.strerror}") from None
-
-
-def describe_environment() -> dict[str, Any]:
-    """Versions and machine, for environment.json and manifests."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    versions = {}
-    for package in ("autoquant", "numpy", "torch", "onnx", "onnxscript", "optuna", "ray", "mlflow"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    return {
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        **describe(),
-        "versions": versions,
-    }
