@@ -130,13 +130,14 @@ def run_block(
         owner = _absorbing(graph, index)
         if owner is not None and owner.kind == "MatMul" and owner.name in biases:
             inputs[list(node.input).index(owner.bias or "")] = biases[owner.name]
-        values[node.output[0]] = _apply(graph, node, inputs)
+        values[node.output[0]] = apply(graph, node, inputs)
     for name in kept or ():
         kept[name] = values[name]  # type: ignore[index]
     return values[block.target]
 
 
-def _apply(graph: Graph, node: onnx.NodeProto, inputs: Sequence[Any]) -> Any:
+def apply(graph: Graph, node: onnx.NodeProto, inputs: Sequence[Any]) -> Any:
+    """The one output of a node on torch tensors. Raises Unsupported."""
     bounds = clamp_bounds(node, graph.initializers)
     if bounds == (0.0, float("inf")):
         return inputs[0].relu()  # the gradient of a clamp takes several times as long
@@ -251,10 +252,17 @@ def _concat(found: dict[str, Any], *parts: Any) -> Any:
     return torch.cat(parts, int(found["axis"]))
 
 
-def _shape(found: dict[str, Any], x: Any) -> Any:
-    import torch
+def _conv_transpose(found: dict[str, Any], x: Any, weight: Any, bias: Any = None) -> Any:
+    from torch.nn import functional
 
-    return torch.tensor(x.shape[found.get("start", 0) : found.get("end")])
+    rank = x.ndim - 2
+    strides, pads = list(found.get("strides", [1] * rank)), list(found.get("pads", [0] * 2 * rank))
+    if pads[:rank] != pads[rank:] or found.get("auto_pad", b"NOTSET") != b"NOTSET":
+        raise Unsupported("ConvTranspose with these pads")
+    extra = list(found.get("output_padding", [0] * rank))
+    dilations, group = list(found.get("dilations", [1] * rank)), int(found.get("group", 1))
+    run = (functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d)
+    return run[rank - 1](x, weight, bias, strides, pads[:rank], extra, group, dilations)
 
 
 def _range(_: dict[str, Any], start: Any, limit: Any, step: Any) -> Any:
@@ -264,61 +272,120 @@ def _range(_: dict[str, Any], start: Any, limit: Any, step: Any) -> Any:
 
 
 def _gather(found: dict[str, Any], x: Any, index: Any) -> Any:
+    import torch
+
     axis = int(found.get("axis", 0)) % x.ndim
-    taken = x.index_select(axis, index.reshape(-1))
-    return taken.reshape([*x.shape[:axis], *index.shape, *x.shape[axis + 1 :]])
+    flat = torch.where(index < 0, index + x.shape[axis], index).reshape(-1).long()
+    return x.index_select(axis, flat).reshape([*x.shape[:axis], *index.shape, *x.shape[axis + 1 :]])
 
 
-def _squeeze(_: dict[str, Any], x: Any, axes: Any = None) -> Any:
-    return x.squeeze() if axes is None else x.squeeze(tuple(axes.tolist()))
-
-
-def _unsqueeze(_: dict[str, Any], x: Any, axes: Any) -> Any:
-    rank = x.ndim + len(axes)
-    for axis in sorted(a % rank for a in axes.tolist()):
-        x = x.unsqueeze(axis)
-    return x
-
-
-def _cast(found: dict[str, Any], x: Any) -> Any:
-    import torch
-
-    kinds = {1: torch.float32, 6: torch.int32, 7: torch.int64, 9: torch.bool, 11: torch.float64}
-    if found["to"] not in kinds:
-        raise Unsupported("Cast to this type")
-    return x.to(kinds[found["to"]])
-
-
-def _expand(_: dict[str, Any], x: Any, shape: Any) -> Any:
-    import torch
-
-    target = torch.broadcast_shapes(x.shape, shape.tolist())  # type: ignore[no-untyped-call]
-    return x.expand(target)
+def _axes(found: dict[str, Any], given: Any, rank: int) -> list[int]:
+    axes = found.get("axes") if given is None else given.reshape(-1).tolist()
+    return [int(a) % rank for a in (range(rank) if axes is None else axes)]
 
 
 def _reduce(name: str) -> Callable[..., Any]:
-    """A reduction over axes that are given as an input."""
-
     def run(found: dict[str, Any], x: Any, axes: Any = None) -> Any:
-        import torch
-
-        over = list(range(x.ndim)) if axes is None else axes.tolist()
-        keep = bool(found.get("keepdims", 1))
+        over, keep = _axes(found, axes, x.ndim), bool(found.get("keepdims", 1))
         if name == "norm":
-            return torch.linalg.vector_norm(x, 2, over, keep)
-        return getattr(torch, name)(x, over, keepdim=keep)
+            return (x * x).sum(over, keepdim=keep).sqrt()
+        return getattr(x, name)(over, keepdim=keep)
 
     return run
 
 
+def _unsqueeze(found: dict[str, Any], x: Any, axes: Any = None) -> Any:
+    given = list(found.get("axes", ())) if axes is None else axes.reshape(-1).tolist()
+    for axis in sorted(int(a) % (x.ndim + len(given)) for a in given):
+        x = x.unsqueeze(axis)
+    return x
+
+
+def _squeeze(found: dict[str, Any], x: Any, axes: Any = None) -> Any:
+    for axis in sorted(_axes(found, axes, x.ndim), reverse=True):
+        if x.shape[axis] == 1:
+            x = x.squeeze(axis)
+    return x
+
+
+def _expand(_: dict[str, Any], x: Any, shape: Any) -> Any:
+    wanted = [1] * (x.ndim - len(shape)) + shape.tolist()
+    own = [1] * (len(wanted) - x.ndim) + list(x.shape)
+    return x.expand([max(a, b) for a, b in zip(own, wanted, strict=True)])
+
+
+def _shape(found: dict[str, Any], x: Any) -> Any:
+    import torch
+
+    sizes = list(x.shape)[found.get("start", 0) : found.get("end")]
+    return torch.tensor(sizes, dtype=torch.int64)
+
+
+def _cast(found: dict[str, Any], x: Any) -> Any:
+    import torch
+    from onnx import helper
+
+    kind = helper.tensor_dtype_to_np_dtype(int(found["to"]))
+    return x.to(torch.from_numpy(np.empty(0, kind)).dtype)
+
+
+def _filled(found: dict[str, Any], shape: Any) -> Any:
+    import torch
+    from onnx import numpy_helper
+
+    value = np.zeros(1, np.float32)
+    if "value" in found:
+        value = numpy_helper.to_array(found["value"]).copy()
+    return torch.from_numpy(value).reshape(()).expand(shape.tolist())
+
+
+def _clip(_: dict[str, Any], x: Any, low: Any = None, high: Any = None) -> Any:
+    return x.clamp(None if low is None else low, None if high is None else high)
+
+
+def _divide(_: dict[str, Any], a: Any, b: Any) -> Any:
+    whole = not a.is_floating_point() and not b.is_floating_point()
+    return a.div(b, rounding_mode="trunc") if whole else a / b
+
+
 _OPERATORS: dict[str, Callable[..., Any]] = {
+    "ConvTranspose": _conv_transpose,
+    "Gather": _gather,
+    "ReduceMean": _reduce("mean"),
+    "ReduceSum": _reduce("sum"),
+    "ReduceL2": _reduce("norm"),
+    "ReduceMax": _reduce("amax"),
+    "Unsqueeze": _unsqueeze,
+    "Squeeze": _squeeze,
+    "Expand": _expand,
+    "Shape": _shape,
+    "Cast": _cast,
+    "ConstantOfShape": _filled,
+    "Clip": _clip,
+    "Where": _torch("where"),
+    "Equal": _torch("eq"),
+    "Less": _torch("lt"),
+    "Greater": _torch("gt"),
+    "And": _torch("logical_and"),
+    "Or": _torch("logical_or"),
+    "Not": _torch("logical_not"),
+    "Max": _torch("maximum"),
+    "Min": _torch("minimum"),
+    "Range": _range,
+    "Neg": _torch("neg"),
+    "Abs": _torch("abs"),
+    "Exp": _torch("exp"),
+    "Log": _torch("log"),
+    "Reciprocal": _torch("reciprocal"),
+    "Identity": lambda _, x: x,
+    "LeakyRelu": lambda f, x: x.where(x >= 0, x * f.get("alpha", 0.01)),
     "Conv": _conv,
     "Gemm": _gemm,
     "MatMul": _torch("matmul"),
     "Add": _torch("add"),
     "Sub": _torch("sub"),
     "Mul": _torch("mul"),
-    "Div": _torch("div"),
+    "Div": _divide,
     "Pow": _torch("pow"),
     "Sqrt": _torch("sqrt"),
     "Erf": _torch("erf"),
@@ -338,14 +405,4 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     "Transpose": lambda found, x: x.permute(*found.get("perm", range(x.ndim)[::-1])),
     "Slice": _slice,
     "Pad": _pad,
-    "Shape": _shape,
-    "Range": _range,
-    "Gather": _gather,
-    "Squeeze": _squeeze,
-    "Unsqueeze": _unsqueeze,
-    "Cast": _cast,
-    "Expand": _expand,
-    "ReduceSum": _reduce("sum"),
-    "ReduceMean": _reduce("mean"),
-    "ReduceL2": _reduce("norm"),
 }

@@ -94,10 +94,11 @@ def _name_axes(model: onnx.ModelProto, task: Task, names: list[str]) -> None:
 
 
 def _two_rows(value: Any) -> Any:
-    """torch.export takes a batch of one for a constant: repeat it."""
+    """Contiguous, since other strides end up in the graph; torch.export takes a batch of one
+    for a constant: repeat it."""
     import torch
 
-    return torch.cat([value, value]) if value.shape[0] == 1 else value
+    return (torch.cat([value, value]) if value.shape[0] == 1 else value).contiguous()
 
 
 def _input_names(task: Task) -> list[str]:
