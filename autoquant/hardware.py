@@ -195,6 +195,7 @@ class Hardware(document.Document):
     ``formats``: what a package for it holds beside the ONNX file (see `deploy.FORMATS`).
     ``latency``: ``measured`` on this machine, or ``analytic``, predicted from ``device`` and the
     kernels' rates for a device that is elsewhere. ``runtime`` scores the artifacts either way.
+    ``round_to``: channels that pruning leaves come in multiples of it, where there are as many.
     """
 
     name: str = ""
@@ -204,6 +205,7 @@ class Hardware(document.Document):
     formats: tuple[Literal["encodings", "c-header"], ...] = ()
     latency: Literal["measured", "analytic"] = "measured"
     kernels: tuple[Kernel, ...] = Field(min_length=1)
+    round_to: int = Field(default=8, ge=1)
     model: LatencyModel | None = None
     device: Device | None = None
 

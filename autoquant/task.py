@@ -44,6 +44,8 @@ class Task:
     shuffled. ``teacher``: a module or ONNX file to distil from, in place of the network.
     ``loss``: of training, ``(outputs, targets)`` as torch tensors → a scalar tensor; without it
     cross-entropy for ``top1``, and else the squared error of targets shaped as the outputs.
+    ``student``: makes a smaller network with the same inputs and outputs from keywords (width,
+    depth) that a space chooses.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Task:
     dynamic_axes: Mapping[Any, Mapping[int, str]] | None = None
     teacher: torch.nn.Module | str | Path | None = None
     loss: Callable[[Any, Any], Any] | None = None
+    student: Callable[..., torch.nn.Module] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.example_inputs, tuple):

@@ -10,7 +10,6 @@ from autoquant.calibration import Calibration
 from autoquant.candidate import Candidate
 from autoquant.compress.bank import Bank
 from autoquant.compress.qdq import assemble, resolve
-from autoquant.errors import CandidateError
 from autoquant.graph import Graph
 
 __all__ = ["Artifact", "compress"]
@@ -42,15 +41,19 @@ class Artifact:
 
 
 def compress(
-    graph: Graph, candidate: Candidate, calibration: Calibration, bank: Bank, dialect: str
+    graph: Graph,
+    candidate: Candidate,
+    calibration: Calibration,
+    bank: Bank,
+    dialect: str,
+    key: str = "",
 ) -> Artifact:
     """Assemble a candidate: names checked, weights from the bank, ranges from calibration.
 
-    The same inputs give the same bytes. Raises CandidateError.
+    ``graph`` has the candidate's structure already. ``key``: what the file says it was made for,
+    where the candidate is not in its own names. The same inputs give the same bytes. Raises
+    CandidateError.
     """
-    for part in ("pruning", "rank", "training", "drop", "student"):
-        if getattr(candidate, part):
-            raise CandidateError(f"field {part!r} is not supported by this version; leave it out")
     resolved = resolve(graph, candidate)
-    model = assemble(graph, resolved, calibration, bank, dialect)
+    model = assemble(graph, resolved, calibration, bank, dialect, key)
     return Artifact(resolved, model.SerializeToString(deterministic=True))

@@ -25,6 +25,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from autoquant.calibration import Moments
+from autoquant.compress.prune import statistics
 from autoquant.errors import CandidateError, nearest
 from autoquant.graph import Graph, Layer, attributes
 from autoquant.task import Array
@@ -280,8 +281,7 @@ def _fit(
     rows = rows.reshape(len(rows), -1)
     covariance, mean = np.eye(rows.shape[1]), np.zeros(rows.shape[1])
     if moments is not None:
-        covariance = moments.centred()[0].astype(np.float64)
-        mean = moments.mean[0].astype(np.float64)
+        covariance, mean = statistics(layer, moments)
         unit = np.trace(covariance) / len(covariance)
         covariance = covariance + _DAMPING * (unit or 1.0) * np.eye(len(covariance))
     if (len(pieces) == 2 and layer.kind != "Conv") or is_pointwise(layer):
@@ -317,6 +317,6 @@ def _basis(pieces: Sequence[_Piece], inputs: int) -> Array:
     kernel = middle.reshape(*middle.shape[:2], -1)
     if middle.shape[1] == 1 and len(mix) == len(middle):  # depthwise
         found = np.einsum("rc,rk->rck", mix, kernel[:, 0])
-        return found.reshape(len(middle), inputs)
+        return np.asarray(found).reshape(len(middle), inputs)
     found = np.einsum("ork,rc->ock", kernel, mix)
-    return found.reshape(len(middle), inputs)
+    return np.asarray(found).reshape(len(middle), inputs)

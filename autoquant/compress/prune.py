@@ -148,7 +148,7 @@ def _by_gradient(
     names = {x.weight for x in evidence.graph.layers} & network.names.keys()
     sums = {name: np.zeros(evidence.graph.array(name).shape) for name in names}
     count = 0
-    for batch in rebatch(_first(evidence.inputs, _SAMPLES), _ROWS):
+    for batch in rebatch(first_rows(evidence.inputs, _SAMPLES), _ROWS):
         network.zero_grad()
         with torch.enable_grad():
             output = network(*map(torch.from_numpy, batch))
@@ -161,7 +161,8 @@ def _by_gradient(
     return {name: total / max(count, 1) for name, total in sums.items()}
 
 
-def _first(batches: Sequence[tuple[Array, ...]], count: int) -> list[tuple[Array, ...]]:
+def first_rows(batches: Sequence[tuple[Array, ...]], count: int) -> list[tuple[Array, ...]]:
+    """The first ``count`` samples of some batches."""
     found = []
     for batch in batches:
         rows = min(count, len(batch[0]))
@@ -293,7 +294,7 @@ def refitted(
         for part in read:
             stays = np.logical_and.outer(stays, part).reshape(-1)
         rows = _rows(graph, layer)[made]
-        fitted, shift = _fitted(rows, stays, found)
+        fitted, shift = _fitted(rows, stays, *statistics(layer, found))
         moved = _moved(protos[layer.weight].dims, layer)
         weight = np.moveaxis(fitted.reshape(moved), 0, layer.channel_axis).astype(np.float32)
         protos[layer.weight].CopyFrom(
@@ -311,9 +312,17 @@ def refitted(
     return model
 
 
-def _fitted(rows: Array, stays: Array, moments: Moments) -> tuple[Array, Array]:
+def statistics(layer: Layer, moments: Moments) -> tuple[Array, Array]:
+    """Covariance and mean of a layer's inputs; without a bias that could take up a mean, the
+    second moments and none."""
+    if layer.kind == "MatMul" and layer.bias is None:
+        second = moments.second[0].astype(np.float64)
+        return second, np.zeros(len(second))
+    return moments.centred()[0].astype(np.float64), moments.mean[0].astype(np.float64)
+
+
+def _fitted(rows: Array, stays: Array, covariance: Array, mean: Array) -> tuple[Array, Array]:
     """The weights of the inputs that stay, and what the bias gains."""
-    covariance, mean = moments.centred()[0].astype(np.float64), moments.mean[0].astype(np.float64)
     inner = covariance[np.ix_(stays, stays)]
     damping = DAMPING * (np.trace(inner) / max(len(inner), 1) or 1.0)
     gone = ~stays

@@ -366,10 +366,12 @@ def assemble(
     calibration: Calibration,
     bank: Bank,
     dialect: str = "onnxruntime",
+    key: str = "",
 ) -> onnx.ModelProto:
     """Write the quantized graph of a resolved candidate. Layer nodes are named by layer.
 
-    Raises CandidateError for what the dialect does not have.
+    ``key``: the candidate's key in the file, by default the resolved candidate's. Raises
+    CandidateError for what the dialect does not have.
     """
     if dialect not in DIALECTS:
         raise CandidateError(f"dialect {dialect!r}; {nearest(dialect, DIALECTS)}")
@@ -377,7 +379,9 @@ def assemble(
         reason = refusal(graph.by_name[name], choice, dialect)
         if reason is not None:
             raise CandidateError(f"layer {name!r}: {reason}")
-    return _Writer(graph, candidate, calibration, bank, dialect).write()
+    model = _Writer(graph, candidate, calibration, bank, dialect).write()
+    model.metadata_props.add(key="autoquant.candidate", value=key or candidate.key)
+    return model
 
 
 class _Writer:
@@ -795,7 +799,6 @@ class _Writer:
         model.graph.input.extend(source.graph.input)
         model.graph.output.extend(source.graph.output)
         model.functions.extend(source.functions)
-        model.metadata_props.add(key="autoquant.candidate", value=self.candidate.key)
         return model
 
     def _unpack(self, bits: int, entries: dict[str, QuantizedWeight]) -> None:

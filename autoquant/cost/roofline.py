@@ -145,7 +145,7 @@ class RooflineModel:
         if cores is not None and threads > cores:
             raise HardwareError(f"--threads {threads}: {hardware.name!r} has {cores} cores")
         self.operators = operators(work) if isinstance(work, Graph) else tuple(work)
-        self.hardware, self.device, self.batch = hardware, device, batch
+        self.hardware, self.device, self.batch, self.threads = hardware, device, batch, threads
         clock = 1e9 if device.clock_mhz is None else device.clock_mhz.value * 1e6
         self.cycles = clock * (1 if cores is None else threads)  # a second, over the cores
         near = device.on_chip or device.off_chip or Memory()

@@ -25,7 +25,7 @@ from autoquant.calibration import Calibration, Histogram
 from autoquant.candidate import FLOAT, NBITS, Candidate, LayerChoice
 from autoquant.compress import compress
 from autoquant.compress.bank import Bank
-from autoquant.compress.qdq import Plan, mode, nbits_mode, plan, resolve
+from autoquant.compress.qdq import INT8_KINDS, Plan, mode, nbits_mode, plan, resolve
 from autoquant.errors import HardwareError
 from autoquant.graph import IR_VERSION, PRODUCT, Graph, Layer, attributes
 from autoquant.hardware import LatencyModel
@@ -103,6 +103,38 @@ def to_profile(model: TableModel) -> LatencyModel:
         mixes=model.mixes,
         source="measured by autoquant on this machine",
     )
+
+
+def extended(model: TableModel, graph: Graph, known: Graph) -> TableModel:
+    """The model with times for kernels that it has none of, of another structure of ``known``.
+
+    A narrower layer's is its own kernel's before, by the ratio of their MACs; that of a layer
+    that ``known`` does not have follows from the timed kernel of its kind nearest in MACs.
+    """
+    found: dict[str, float] = {}
+    for layer in (*graph.layers, *graph.products):
+        for name in PRECISIONS if layer.kind != "Gather" else ():
+            key = signature(graph, layer, name)
+            if key in model.kernel_ms or not _has(layer, name):
+                continue
+            timed = [
+                x
+                for x in (*known.layers, *known.products)
+                if x.kind == layer.kind
+                and (x.group > 1) == (layer.group > 1)
+                and signature(known, x, name) in model.kernel_ms
+            ] or [
+                x
+                for x in known.layers
+                if x.kind in INT8_KINDS and signature(known, x, name) in model.kernel_ms
+            ]
+            if timed:
+                near = next((x for x in timed if x.name == layer.name), None) or min(
+                    timed, key=lambda x: abs(math.log(max(x.macs, 1) / max(layer.macs, 1)))
+                )
+                ratio = layer.macs / max(near.macs, 1)
+                found[key] = model.kernel_ms[signature(known, near, name)] * ratio
+    return replace(model, kernel_ms={**model.kernel_ms, **found})
 
 
 def signature(graph: Graph, layer: Layer, precision: str) -> str:

@@ -12,10 +12,52 @@ from collections.abc import Mapping
 from typing import Any
 
 from autoquant.candidate import FLOAT, Candidate, LayerChoice
+from autoquant.compress.channels import Channels
+from autoquant.compress.factorize import can_factorize, concrete
+from autoquant.compress.prune import offered
+from autoquant.compress.structure import droppable
+from autoquant.errors import CandidateError, SpaceError
+from autoquant.graph import Graph
+from autoquant.hardware import Hardware
+from autoquant.space import Space
 
 KINDS = ("prune", "rank", "drop", "student", "train")
 IMPORTANCE = "importance"
 Options = Mapping[str, tuple[Any, ...]]  # dimension → its options, in order
+
+
+def structural_options(space: Space, graph: Graph, hardware: Hardware) -> Options:
+    """What a space offers beside bits, by dimension. Raises SpaceError: a pattern that matches
+    nothing, a rank that a layer cannot have."""
+    found: dict[str, tuple[Any, ...]] = {}
+    groups = Channels(graph).groups if space.pruning else {}
+    for name, ratios in space.ratios(groups).items():
+        try:
+            found[f"prune:{name}"] = offered(groups[name], ratios, hardware.round_to)
+        except CandidateError as error:
+            raise SpaceError(f"space {space.name!r}: {error}") from None
+    layers = [x.name for x in graph.layers if can_factorize(x)]
+    for name, ranks in space.ranks(layers if space.rank else ()).items():
+        try:
+            each = [concrete(graph, graph.by_name[name], rank) for rank in ranks]
+        except CandidateError as error:
+            raise SpaceError(f"space {space.name!r}: {error}") from None
+        found[f"rank:{name}"] = tuple(sorted(dict.fromkeys(each), key=_by_rank))
+    for name in space.dropped(droppable(graph) if space.drop else ()):
+        found[f"drop:{name}"] = (True, False)
+    found |= {f"student:{name}": values for name, values in space.student.items()}
+    if space.pruning:
+        found[IMPORTANCE] = space.importance
+    return found
+
+
+def _by_rank(rank: int | str | None) -> tuple[int, int]:
+    """The most compressed first: separable, polyadic ranks, ranks, as it is."""
+    if rank is None:
+        return 3, 0
+    if rank == "separable":
+        return 0, 0
+    return (1, int(rank.partition(":")[2])) if isinstance(rank, str) else (2, rank)
 
 
 def candidate_of(picks: Mapping[str, Any]) -> Candidate:

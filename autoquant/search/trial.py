@@ -15,13 +15,14 @@ import numpy as np
 
 from autoquant.calibration import Calibration, calibrate, channel_peaks, fixed_batch, rebatch
 from autoquant.candidate import Candidate, LayerChoice
-from autoquant.compress import Artifact, compress
+from autoquant.compress import Artifact
 from autoquant.compress.bank import Bank
 from autoquant.compress.equalize import cross_layer_equalization, smooth, smoothed_tensors
 from autoquant.compress.lower import lower
-from autoquant.compress.polish import polish
+from autoquant.compress.prune import Evidence
 from autoquant.compress.qdq import mode, refusal, resolve
 from autoquant.compress.rounding import ROUNDINGS
+from autoquant.compress.structure import Structured
 from autoquant.cost import CostModel, DeviceModel
 from autoquant.cost.roofline import RooflineModel, kernel_of
 from autoquant.cost.static import block_scale_bytes
@@ -33,7 +34,8 @@ from autoquant.hardware import Hardware, load_hardware
 from autoquant.result import Cost, Score, TrialResult
 from autoquant.runtime import RUNTIMES, OnnxRuntime, Session, run_batches
 from autoquant.search.coupling import forbidden_pairs, tied_groups
-from autoquant.search.dimensions import Options
+from autoquant.search.dimensions import Options, structural_options
+from autoquant.search.variant import Variant, Variants
 from autoquant.space import Rule, Space, load_space
 from autoquant.task import Array, Split, Task, to_numpy
 
@@ -118,6 +120,8 @@ class Context:
     space's rescalings made of it, and computes the same. ``tied``: groups of layers that take
     one choice; ``forbidden``: pairs of (layer, choice) that exclude each other. ``options``: what
     can be chosen beside the layers' bits, by dimension (`autoquant.search.dimensions`).
+    ``variants``: the networks of other structures. ``rounds_by_moments``: weights are rounded
+    against the second moments of their layers' inputs.
     """
 
     original: Graph
@@ -137,24 +141,49 @@ class Context:
     tied: tuple[tuple[str, ...], ...] = ()
     forbidden: tuple[tuple[tuple[str, LayerChoice], tuple[str, LayerChoice]], ...] = ()
     options: Options = field(default_factory=dict)
+    variants: Variants | None = None
+    rounds_by_moments: bool = True
 
     def second(self, session: Session) -> float:
         """The divergence of an artifact's outputs on the second set of inputs, the probe."""
         outputs = _probed(session, self.probe, self.evaluator)
         return divergence(self.expected, outputs, self.evaluator.metric == "top1")
 
+    def variant(self, candidate: Candidate) -> Variant:
+        """The float network of a candidate's structure. Raises CandidateError."""
+        if not candidate.is_structural:
+            names = {x.name: (x.name,) for x in (*self.graph.layers, *self.graph.products)}
+            return Variant(self, Structured(self.graph, names), (self.calibration, self.bank))
+        if self.variants is None:
+            raise CandidateError("this context was made without structures")
+        return self.variants.get(self, candidate)
+
+    def resolve(self, candidate: Candidate) -> Candidate:
+        """The candidate as the original graph takes it; pieces keep their own choices."""
+        found = {n: c for n, c in candidate.layers.items() if n in self.graph.by_name}
+        pieces = {n: c for n, c in candidate.layers.items() if n not in found}
+        if pieces and not candidate.is_structural:
+            return resolve(self.graph, candidate)  # raises
+        resolved = resolve(self.graph, replace(candidate, layers=found))
+        return replace(resolved, layers={**resolved.layers, **pieces})
+
     def predict(self, candidate: Candidate) -> Cost:
         """What a candidate costs, before it is built."""
-        return self.cost.predict(resolve(self.graph, candidate))
+        found = self.variant(candidate)
+        return found.estimate.predict(resolve(found.graph, found.structured.choices(candidate)))
 
     def compress(self, candidate: Candidate) -> Artifact:
-        """The candidate's artifact, in this context's dialect; polished if it says so."""
-        bank, dialect = self.bank, self.hardware.dialect
-        if candidate.polish:
-            found = resolve(self.graph, candidate)
-            workers = self.evaluator.workers
-            bank = polish(self.graph, found, self.calibration, bank, self.inputs, dialect, workers)
-        return compress(self.graph, candidate, self.calibration, bank, dialect)
+        """The candidate's artifact, in this context's dialect, polished if it says so. Its
+        candidate is in the original's names."""
+        found, resolved = self.variant(candidate), self.resolve(candidate)
+        artifact = found.compress(found.structured.choices(candidate), resolved.key)
+        return Artifact(resolved, artifact.model)
+
+    def cost_of(self, artifact: Artifact) -> Cost:
+        """What an artifact is predicted to cost: `predict`, with all that is known by now."""
+        found = self.variant(artifact.candidate)
+        choices = found.structured.choices(artifact.candidate)
+        return found.cost.predict(resolve(found.graph, choices))
 
     def additive_cost(self, name: str) -> dict[str, tuple[float, ...]]:
         """What each choice of each layer adds to a cost, taken alone: its weights' bytes (with
@@ -211,8 +240,10 @@ def prepare(
     say("lowering the network to ONNX")
     original = lower(task)
     graph = _rescaled(original, settings, calibration_split, workers)
+    is_structural = (settings if found_space else space).is_structural  # type: ignore[union-attr]
     if isinstance(space, Candidate):
-        resolved = resolve(graph, space)
+        names = {n: c for n, c in space.layers.items() if n in graph.by_name or not is_structural}
+        resolved = resolve(graph, replace(space, layers=names))
         for layer in graph.layers:
             if layer.kind != "Gather" and device.latency == "analytic":
                 kernel_of(device, layer.name, layer.kind, resolved.choice(layer.name))
@@ -228,11 +259,12 @@ def prepare(
     session = RUNTIMES[device.runtime]().open(float_model(original))
     evaluator.set_reference(session)
     say(f"calibrating on {calibration_split.samples:,} samples")
+    rounds_by_moments = _needs_moments(settings.rounding, choices)
     calibration = calibrate(
         graph,
         calibration_split,
         method=settings.calibration,
-        moments=_needs_moments(settings.rounding, choices),
+        moments=is_structural or rounds_by_moments,
         widths=sorted({8, *(c.activation_bits for found in choices.values() for c in found)}),
         threads=workers,
     )
@@ -252,11 +284,23 @@ def prepare(
     cost = CostModel(graph, device.dialect, predictor, bank)
     baseline = cost.baseline()
     probe = _probe(calibration_split, graph)
+    evidence = None
+    if is_structural:
+        classes = task.metric == "top1"
+        moments = dict(calibration.moments)
+        evidence = Evidence(graph, moments, calibration_split.batches, classes, seed)
+    options: dict[str, tuple[Any, ...]] = dict(settings.training.dimensions())
+    if found_space is not None:
+        options = {**structural_options(found_space, graph, device), **options}
+    example = tuple(to_numpy(value)[:1] for value in task.example_inputs)
+    bare = replace(task, calibration=(), validation=(), test=None, train=None)
     return Context(
         original=original,
         tied=tied_groups(graph, settings, choices),
         forbidden=forbidden_pairs(settings, graph, choices),
-        options=settings.training.dimensions(),
+        options=options,
+        variants=Variants(evidence, example, bare),
+        rounds_by_moments=rounds_by_moments,
         graph=graph,
         calibration=calibration.without_moments(),
         bank=bank,
@@ -487,7 +531,7 @@ def run_trial(
     try:
         clock = time.perf_counter()
         artifact = context.compress(candidate)
-        predicted = context.cost.predict(artifact.candidate)
+        predicted = context.cost_of(artifact)
         result = replace(
             result, candidate=artifact.candidate, predicted=predicted, sha256=artifact.sha256
         )
@@ -571,4 +615,4 @@ def score_candidate(
         evaluator = evaluator_for(task, context.graph, split)
         evaluator.set_reference(OnnxRuntime().open(float_model(context.original)))
     score = evaluator.score(RUNTIMES[context.hardware.runtime]().open(artifact.model))
-    return Scored(artifact, context.cost.predict(artifact.candidate), score)
+    return Scored(artifact, context.cost_of(artifact), score)

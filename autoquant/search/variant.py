@@ -1,0 +1,202 @@
+"""Float networks of other structures: what a candidate's structural part makes of the task's.
+
+A variant has a graph, a calibration, a bank and a cost model of its own, each made when it is
+first needed. The evaluator and the limits are the context's: drops count from the original.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from autoquant.calibration import Calibration, calibrate
+from autoquant.candidate import Candidate
+from autoquant.compress import Artifact, compress
+from autoquant.compress.bank import Bank
+from autoquant.compress.lower import lower
+from autoquant.compress.polish import polish
+from autoquant.compress.prune import Evidence, first_rows
+from autoquant.compress.qdq import resolve
+from autoquant.compress.structure import Structured, structured
+from autoquant.cost import CostModel, DeviceModel
+from autoquant.cost.roofline import RooflineModel
+from autoquant.cost.table import TableModel, extended
+from autoquant.errors import CandidateError
+from autoquant.graph import Graph
+from autoquant.task import Array, Split, Task
+
+if TYPE_CHECKING:
+    from autoquant.search.trial import Context
+
+KEPT = 32  # variants with their banks that a process holds
+CALIBRATED = 256  # inputs at most that a variant is calibrated on
+GRAPHS = 1024  # cost models of structures that it holds
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One float network under a context.
+
+    ``given``: calibration and bank, where they were made beforehand.
+    """
+
+    context: Context
+    structured: Structured
+    given: tuple[Calibration, Bank] | None = None
+
+    @property
+    def graph(self) -> Graph:
+        """Its float graph."""
+        return self.structured.graph
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        """Ranges, and moments where its weights are rounded against them."""
+        if self.given is not None:
+            return self.given[0]
+        context = self.context
+        known = context.calibration
+        batches = first_rows(context.inputs, CALIBRATED)
+        return calibrate(
+            self.graph,
+            Split("calibration", tuple(batches), None, sum(len(b[0]) for b in batches)),
+            method=known.method,
+            moments=context.rounds_by_moments,
+            widths=sorted({8, *(c.activation_bits for f in context.choices.values() for c in f)}),
+            threads=context.evaluator.workers,
+        )
+
+    @cached_property
+    def bank(self) -> Bank:
+        """Its weights, rounded as they are asked for."""
+        if self.given is not None:
+            return self.given[1]
+        return Bank(self.graph, self.context.bank.rounding, self.calibration)
+
+    @cached_property
+    def latency(self) -> DeviceModel | None:
+        """The context's model of the device, for this graph."""
+        model, context = self.context.cost.latency, self.context
+        if self.graph is context.graph or model is None:
+            return model
+        if isinstance(model, RooflineModel):
+            return RooflineModel(self.graph, context.hardware, model.batch, model.threads)
+        return (
+            extended(model, self.graph, context.graph) if isinstance(model, TableModel) else model
+        )
+
+    @cached_property
+    def estimate(self) -> CostModel:
+        """Costs before weights are rounded: files may come out some bytes larger."""
+        if self.given is not None:
+            return self.context.cost
+        return CostModel(self.graph, self.context.hardware.dialect, self.latency)
+
+    @cached_property
+    def cost(self) -> CostModel:
+        """Costs as they will be; rounds the weights that it has to know of."""
+        if self.given is not None:
+            return self.context.cost
+        return CostModel(self.graph, self.context.hardware.dialect, self.latency, self.bank)
+
+    def compress(self, candidate: Candidate, key: str) -> Artifact:
+        """The artifact of a candidate in the names of this graph; ``key``: what the file says it
+        was made for."""
+        dialect, workers = self.context.hardware.dialect, self.context.evaluator.workers
+        found = resolve(self.graph, candidate)
+        bank = self.bank
+        if self.given is None:
+            bank.build([(self.graph.by_name[n], c) for n, c in found.layers.items()], workers)
+        if candidate.polish:
+            bank = polish(
+                self.graph, found, self.calibration, bank, self.context.inputs, dialect, workers
+            )
+        return compress(self.graph, candidate, self.calibration, bank, dialect, key)
+
+
+@dataclass
+class Variants:
+    """The variants of a context: structures by key, the latest kept; pickles without them.
+
+    ``evidence``: None where the context was prepared for no structure. ``task``: the task without
+    its data, for students.
+    """
+
+    evidence: Evidence | None
+    example: tuple[Array, ...]
+    task: Task
+    graphs: OrderedDict[str, Structured] = field(default_factory=OrderedDict)
+    held: OrderedDict[str, Variant] = field(default_factory=OrderedDict)
+
+    def __post_init__(self) -> None:
+        self.lock = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"evidence": self.evidence, "example": self.example, "task": self.task}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def get(self, context: Context, candidate: Candidate) -> Variant:
+        """The variant of a candidate's structure. Raises CandidateError."""
+        key = candidate.structure.key
+        with self.lock:
+            found = self.held.get(key)
+            if found is None:
+                found = Variant(context, self._structured(context.graph, candidate, key))
+                self.held[key] = found
+            self.held.move_to_end(key)
+            while len(self.held) > KEPT:
+                self.held.popitem(last=False)
+            return found
+
+    def _structured(self, graph: Graph, candidate: Candidate, key: str) -> Structured:
+        found = self.graphs.get(key)
+        if found is None:
+            found = self._made(graph, candidate)
+            self.graphs[key] = found
+            while len(self.graphs) > GRAPHS:
+                self.graphs.popitem(last=False)
+        return found
+
+    def _made(self, graph: Graph, candidate: Candidate) -> Structured:
+        if self.evidence is None:
+            raise CandidateError(
+                "this run was prepared for the network as it is: the space offers no structure"
+            )
+        if not candidate.student:
+            return structured(graph, candidate, self.evidence, self.example)
+        if candidate.pruning or candidate.rank or candidate.drop:
+            raise CandidateError("a student is neither pruned, factorized nor shortened")
+        found = lower(student(self.task, candidate.student))
+        names = {x.name: (x.name,) if x.name in found.by_name else () for x in graph.layers}
+        return Structured(found, names)
+
+
+def student(task: Task, options: Any) -> Task:
+    """The task with its student in the network's place. Raises CandidateError."""
+    import torch
+
+    if task.student is None:
+        raise CandidateError(f"task {task.name!r} has no student factory; give Task(…, student=…)")
+    try:
+        module = task.student(**options)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CandidateError(
+            f"task {task.name!r}: student({_listed(options)}) raised {type(error).__name__}: "
+            f"{reason}"
+        ) from None
+    if not isinstance(module, torch.nn.Module):
+        raise CandidateError(
+            f"task {task.name!r}: student({_listed(options)}) returned {type(module).__name__}; "
+            "it must be a torch.nn.Module"
+        )
+    return replace(task, model=module.eval())
+
+
+def _listed(options: Any) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in options.items())
