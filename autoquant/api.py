@@ -77,7 +77,9 @@ class _Tracking(Callback):
 
     def finish(self, front: Front) -> None:
         document = front.to_dict()
-        self.tracker.finish(document, self.page.html, report.front_markdown(document))
+        note = report.front_markdown(document)
+        chosen = front.knee().trial if front.members else None
+        self.tracker.finish(document, self.page.html, note, front.folder, chosen)
 
 
 @contextlib.contextmanager
@@ -131,14 +133,28 @@ def search(
         bar.close()
 
 
-def export(member: Member, folder: str | Path, *, precompiled: bool = False) -> Path:
+def export(
+    member: Member,
+    folder: str | Path,
+    *,
+    precompiled: bool = False,
+    tracking_uri: str | None = None,
+) -> Path:
     """Write a member's deployment package to a new folder and return it.
 
-    Raises RunError where the run is gone or the folder is not empty.
+    Where its search was tracked (in the store beside its run, or at ``tracking_uri``), the
+    member becomes the ``chosen`` version of the registered model. Raises RunError where the run
+    is gone or the folder is not empty.
     """
     from autoquant.export import export as write_package
 
-    return write_package(member, folder, precompiled=precompiled)
+    package = write_package(member, folder, precompiled=precompiled)
+    if member.folder is not None:
+        runs_dir = member.folder.parent
+        if tracking_uri or (runs_dir / "mlflow.db").is_file():
+            tracker = MlflowTracker(tracking_uri, runs_dir)
+            tracker.choose(Front.read(member.folder).to_dict(), member.folder, member.trial)
+    return package
 
 
 def verify(folder: str | Path, task: Task | str | None = None, data: str | None = None) -> Any:

@@ -348,6 +348,9 @@ def export(
     precompiled: Annotated[
         bool, typer.Option("--precompiled", help="also what onnxruntime makes of it here")
     ] = False,
+    tracking_uri: Annotated[
+        str | None, typer.Option(metavar="URI", help="MLflow; default DIR/mlflow.db")
+    ] = None,
     runs_dir: RunsDir = RUNS,
     as_json: Json = False,
 ) -> None:
@@ -369,7 +372,7 @@ def export(
             max_drop=max_drop, max_latency_ms=max_latency_ms, max_size_bytes=max_size_bytes
         )
     nearby = {what: other.trial for what, other in found.nearby(member).items()}
-    folder = api.export(member, output, precompiled=precompiled)
+    folder = api.export(member, output, precompiled=precompiled, tracking_uri=tracking_uri)
     if as_json:
         _print_json({"package": str(folder), **member.to_dict(), "nearby": nearby})
         return

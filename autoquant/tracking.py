@@ -23,6 +23,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import warnings
 import webbrowser
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoquant.candidate import Candidate
 from autoquant.errors import RunError
+from autoquant.runtime import SESSION_CONFIG
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -88,13 +90,33 @@ class MlflowTracker:
         self._queue.put(lambda: self._trial(result, end))
 
     def finish(
-        self, front: Mapping[str, Any], html: str, note: str, status: str = "FINISHED"
+        self,
+        front: Mapping[str, Any],
+        html: str,
+        note: str,
+        folder: Path | None = None,
+        chosen: int | None = None,
+        status: str = "FINISHED",
     ) -> None:
         """Tag the members, log front.json, front.html and the note, end the parent run, and wait.
 
-        ``note``: Markdown. ``status``: of the parent run, FINISHED or KILLED.
+        ``note``: Markdown. ``folder``: the run's, from which the members' files are logged.
+        ``chosen``: the trial to register as a model version with the alias ``chosen``.
+        ``status``: of the parent run, FINISHED or KILLED.
         """
-        self._queue.put(lambda: self._finish(front, html, note, status))
+        self._queue.put(lambda: self._finish(front, html, note, folder, chosen, status))
+        self._drain()
+
+    def choose(self, front: Mapping[str, Any], folder: Path, trial: int) -> None:
+        """Register another member of a finished search as the chosen one, and wait."""
+        try:
+            _quiet_mlflow()
+        except Exception as error:
+            self._give_up(error)
+            return
+        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
+        self._thread.start()
+        self._queue.put(lambda: self._choose(front, folder, trial))
         self._drain()
 
     def fail(self, status: str = "KILLED") -> None:
@@ -213,7 +235,15 @@ class MlflowTracker:
         self._client.set_terminated(child, _RUN_STATUS.get(status, "FINISHED"), end)
         self._children[number] = child
 
-    def _finish(self, front: Mapping[str, Any], html: str, note: str, status: str) -> None:
+    def _finish(
+        self,
+        front: Mapping[str, Any],
+        html: str,
+        note: str,
+        folder: Path | None,
+        chosen: int | None,
+        status: str,
+    ) -> None:
         client, members = self._client, {int(m["trial"]): m for m in front["members"]}
         for number in self._pareto - set(members):
             self._log(self._children[number], {}, {}, _OFF_FRONT)
@@ -227,6 +257,8 @@ class MlflowTracker:
                 if k != "samples"
             }
             self._log(self._children[number], metrics, {}, _ON_FRONT)
+            if folder is not None:
+                self._log_files(number, member, folder)
         metrics = {
             "hypervolume": front.get("hypervolume"),
             "members": len(members),
@@ -239,7 +271,67 @@ class MlflowTracker:
         self._log(self._parent, metrics, {}, {"mlflow.note.content": note})
         client.log_text(self._parent, json.dumps(front, indent=1), "front.json")
         client.log_text(self._parent, html, "front.html")
+        if folder is not None and chosen in members:
+            self._register(front, members[chosen], folder)
         client.set_terminated(self._parent, status)
+
+    def _log_files(self, number: int, member: Mapping[str, Any], folder: Path) -> None:
+        """A member's file and candidate, as artifacts of its run."""
+        child, candidate = self._children[number], json.dumps(member["candidate"], indent=1)
+        if not self._client.list_artifacts(child):
+            self._client.log_text(child, candidate, "candidate.json")
+            self._client.log_artifact(child, str(folder / member["artifact"]))
+
+    def _choose(self, front: Mapping[str, Any], folder: Path, trial: int) -> None:
+        self._client = _client(self._uri)
+        found = self._client.get_experiment_by_name(str(front["task"]))
+        if found is None:  # searched without tracking, or tracked elsewhere
+            return
+        runs = self._client.search_runs(
+            [found.experiment_id],
+            f"tags.`{_RUN}` = {_quoted(str(front['run']))}",
+            max_results=1,
+            order_by=["attributes.start_time DESC"],
+        )
+        if not runs:
+            return
+        self._experiment, self._parent = found.experiment_id, runs[0].info.run_id
+        self._read_children()
+        member = next(m for m in front["members"] if int(m["trial"]) == trial)
+        if trial in self._children:
+            self._register(front, member, folder)
+
+    def _register(self, front: Mapping[str, Any], member: Mapping[str, Any], folder: Path) -> None:
+        """One version of the task's registered model for each member that was ever chosen."""
+        from importlib.metadata import version
+
+        import onnx
+        from mlflow.exceptions import MlflowException
+
+        client, child = self._client, self._children[int(member["trial"])]
+        name = re.sub(r"[/:]", ".", str(front["task"])) or "model"
+        with contextlib.suppress(MlflowException):  # it is there already
+            client.create_registered_model(name)
+        versions = client.search_model_versions(f"name = {_quoted(name)} and run_id = '{child}'")
+        if not versions:
+            with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about type hints within MLflow
+                import mlflow.onnx
+
+                path = Path(temporary) / "model"
+                mlflow.onnx.save_model(
+                    onnx.load(folder / member["artifact"]),
+                    str(path),
+                    onnx_execution_providers=["CPUExecutionProvider"],
+                    onnx_session_options={"extra_session_config": dict(SESSION_CONFIG)},
+                    pip_requirements=[f"{p}=={version(p)}" for p in ("onnx", "onnxruntime")],
+                    metadata={"key": str(member["key"])},
+                )
+                client.log_artifacts(child, str(path), "model")
+            source = f"{client.get_run(child).info.artifact_uri}/model"
+            tags = {_RUN: str(front["run"]), _TRIAL: str(member["trial"])}
+            versions = [client.create_model_version(name, source, run_id=child, tags=tags)]
+        client.set_registered_model_alias(name, "chosen", versions[0].version)
 
     def _log(
         self,

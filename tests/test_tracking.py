@@ -13,15 +13,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import mlflow
+import numpy as np
 import pytest
 from mlflow.entities import Run, ViewType
 from mlflow.tracking import MlflowClient
-from small_task import LAYERS, member
+from small_task import LAYERS, SPACE, member, profile, task
 
+import autoquant
 from autoquant.errors import RunError
 from autoquant.front import Front, Member
 from autoquant.result import TrialResult
-from autoquant.tracking import MlflowTracker, serve, view_state, view_url
+from autoquant.runtime import SESSION_CONFIG, OnnxRuntime
+from autoquant.tracking import (
+    MlflowTracker,
+    _free_port,
+    _server,
+    serve,
+    view_state,
+    view_url,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDY = {
@@ -233,6 +244,64 @@ def test_a_store_that_does_not_work_never_raises(
 def test_ending_what_never_started_is_no_error(tmp_path: Path) -> None:
     MlflowTracker(None, tmp_path).fail()
     assert not list(tmp_path.iterdir())
+
+
+# --- a server of someone else -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def remote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """A tracking server on loopback that keeps artifacts itself, and a folder of runs."""
+    store_folder = tmp_path_factory.mktemp("server")
+    address = f"http://127.0.0.1:{_free_port('127.0.0.1', 0)}"
+    with _server(store_folder, address):
+        yield address, tmp_path_factory.mktemp("remote")
+
+
+def test_a_search_is_tracked_by_a_server_and_the_chosen_member_loads_back(
+    remote: tuple[str, Path],
+) -> None:
+    address, folder = remote
+    options = {"space": SPACE, "hardware": profile(), "trials": 8, "polish": False, "name": "one"}
+    found = autoquant.search(
+        task(folder), runs_dir=folder, tracking_uri=address, progress=False, **options
+    )
+    client = MlflowClient(address)
+    (parent,) = runs(client, **{"autoquant.run": "one"})
+    assert {a.path for a in client.list_artifacts(parent.info.run_id)} == {
+        "front.html", "front.json",
+    }  # fmt: skip
+    assert "autoquant export" in parent.data.tags["mlflow.note.content"]
+    assert not list(folder.glob("mlflow.db")) and not list(folder.glob("mlartifacts"))
+    of_trial = {
+        int(run.data.tags["trial"]): run
+        for run in runs(client, **{"mlflow.parentRunId": parent.info.run_id})
+    }
+    for m in found.members:
+        names = {a.path for a in client.list_artifacts(of_trial[m.trial].info.run_id)}
+        assert {f"{m.trial}.onnx", "candidate.json"} <= names
+
+    knee = found.knee()
+    assert chosen_trial(client) == knee.trial
+    mlflow.set_tracking_uri(address)
+    images = task(folder).split("validation").batches[0][0]
+    for m in (knee, next(m for m in found.members if m.trial != knee.trial)):
+        if m is not knee:
+            autoquant.export(m, folder / "package", tracking_uri=address)
+        assert chosen_trial(client) == m.trial
+        loaded = mlflow.pyfunc.load_model("models:/small@chosen")
+        config = loaded._model_impl.rt.get_session_options()
+        for key, value in SESSION_CONFIG.items():
+            assert config.get_session_config_entry(key) == value
+        ours = OnnxRuntime().open(found.folder / m.artifact).run([images])[0]
+        np.testing.assert_array_equal(loaded.predict({"x": images})["y"], ours)
+    autoquant.export(knee, folder / "again", tracking_uri=address)
+    assert chosen_trial(client) == knee.trial
+    assert len(client.search_model_versions("name = 'small'")) == 2
+
+
+def chosen_trial(client: MlflowClient) -> int:
+    return int(client.get_model_version_by_alias("small", "chosen").tags["trial"])
 
 
 # --- the server -------------------------------------------------------------------------------
