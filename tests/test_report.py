@@ -24,6 +24,7 @@ from autoquant.report import (
     layers_table,
 )
 from autoquant.report.history import by_origin, progress, what_never_paid
+from autoquant.report.text import structure_words
 from autoquant.result import TrialResult
 
 VERIFIED = {
@@ -344,12 +345,19 @@ def test_a_click_finds_bits_costs_and_the_command() -> None:
         for i, name in enumerate(LAYERS)
     ]
     document = front(*members())
-    html = front_html(document, [], layers).replace(get_plotlyjs(), "")
+    shares = {"importance": 0.5, "prior": 0.4, "factor": 1.2, "factor_error": 0.1}
+    learned = {"trials": 9, "layers": dict.fromkeys(LAYERS[:2], shares)}
+    html = front_html(document, [], layers, learned).replace(get_plotlyjs(), "")
     found = chosen(html)
-    assert found["layers"][2] == {"name": "head", "costs": {"4/8": [12.0, None]}}
+    costs = {"4/8": [12.0, None]}
+    assert found["layers"][2] == {"name": "head", "sensitivity": None, "costs": costs}
+    assert found["layers"][0]["sensitivity"] == 0.5
     assert [m["trial"] for m in found["members"]] == [8, 9, 10, 11]
     assert found["first"] == 8 and found["members"][1]["layers"][0][:2] == [4, "4/8"]
     assert found["members"][1]["command"] == "autoquant export one --trial 9 -o one-9"
+    assert structure_words({"pruning": {"first": 0.25}, "training": {"steps": 9}}) == [
+        ["channels", "first −25 %"], ["training", "steps 9"],
+    ]  # fmt: skip
     for found_member in document["members"]:
         assert f'<tr data-trial="{found_member["trial"]}" tabindex="0">' in html
 

@@ -77,6 +77,7 @@ button { font: inherit; color: var(--ink); background: var(--card); border: 1px 
 #strip .bar i { display: block; width: 100%; min-height: 1px; }
 #strip .bytes i { background: #3b8fd1; }
 #strip .time i { background: #d55e00; }
+#strip .sensitivity i { background: #009e73; }
 #strip .on { outline: 2px solid var(--ink); outline-offset: -1px; }
 .print { --ink: #1c1f23; --soft: #5a616b; --line: #e3e5e8; --page: #ffffff; --card: #f6f7f9; }
 @media print {
@@ -142,10 +143,11 @@ SCRIPT = """
       Plotly.react(name, plots[name].data, layout, options);
     });
   }
-  var most = [0, 0];
+  var most = [0, 0, 0];
+  var rows = ['weight bytes', 'time', 'sensitivity'], kinds = ['bytes', 'time', 'sensitivity'];
   function costs(member) {
     return chosen.layers.map(function (layer, i) {
-      return layer.costs[member.layers[i][1]] || [null, null];
+      return (layer.costs[member.layers[i][1]] || [null, null]).concat([layer.sensitivity]);
     });
   }
   chosen.members.forEach(function (member) {
@@ -181,23 +183,25 @@ SCRIPT = """
     });
     strip.textContent = '';
     var pairs = costs(member), wide = chosen.layers.length <= 60;
-    var columns = [0, 1].filter(function (column) { return most[column] > 0; });
+    var columns = [0, 1, 2].filter(function (column) { return most[column] > 0; });
     var size = chosen.layers.length <= 24 ? 40 : wide ? 26 : chosen.layers.length <= 200 ? 12 : 5;
     strip.style.gridAutoColumns = 'max-content';
     strip.style.gridTemplateRows = ['28px'].concat(columns.map(function () { return '56px'; }))
       .join(' ');
     add(strip, 'span', 'label', 'bits');
-    columns.forEach(function (c) { add(strip, 'span', 'label', c ? 'time' : 'weight bytes'); });
-    var parts = [largest(pairs, 0), largest(pairs, 1)];
+    columns.forEach(function (c) { add(strip, 'span', 'label', rows[c]); });
+    var parts = [largest(pairs, 0), largest(pairs, 1), largest(pairs, 2)];
     var summary = (parts[0] ? 'Of the weight bytes ' + parts[0] + '. ' : '')
       + (parts[1] ? 'Of the time of kernels ' + parts[1]
-        + '; changes of precision between layers come on top.' : '');
+        + '; changes of precision between layers come on top. ' : '')
+      + (parts[2] ? 'Of the divergence that compression causes ' + parts[2] + '.' : '');
     note.textContent = summary;
     chosen.layers.forEach(function (layer, i) {
       var bits = member.layers[i][0], pair = pairs[i];
       var words = layer.name + ': ' + member.layers[i][2]
         + (pair[0] === null ? '' : ', ' + bytes(pair[0]))
-        + (pair[1] === null ? '' : ', ' + pair[1].toPrecision(3) + ' ms');
+        + (pair[1] === null ? '' : ', ' + pair[1].toPrecision(3) + ' ms')
+        + (pair[2] === null ? '' : ', ' + (100 * pair[2]).toPrecision(2) + ' % of the divergence');
       var cell = add(strip, 'button', '', wide ? (bits === 32 ? 'f' : String(bits)) : '');
       cell.type = 'button';
       cell.title = words;
@@ -205,7 +209,7 @@ SCRIPT = """
       cell.style.cssText = 'width:' + size + 'px;background:' + chosen.colours[bits]
         + ';color:' + (bits < 6 ? '#fff' : '#111');
       var bars = columns.map(function (column) {
-        var bar = add(strip, 'span', 'bar ' + (column ? 'time' : 'bytes'));
+        var bar = add(strip, 'span', 'bar ' + kinds[column]);
         bar.title = words;
         add(bar, 'i').style.height = 100 * (pair[column] || 0) / most[column] + '%';
         return bar;

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -42,6 +42,7 @@ from autoquant.report.text import (
     quantity,
     rows_of,
     split_of,
+    structure_words,
 )
 
 _LEARNED_LAYERS = 30  # rows of the table of what the search learned
@@ -83,7 +84,8 @@ def front_html(
         _history_html() if curve else "",
         _learned_html(front, trials, names, learned, plots),
     ]
-    chosen = {"layers": _layers_data(names, layers), **_members_data(front, names)}
+    shares = {n: x["importance"] for n, x in ((learned or {}).get("layers") or {}).items()}
+    chosen = {"layers": _layers_data(names, layers, shares), **_members_data(front, names)}
     return _page(str(front["run"]), _facts_html(front), sections, plots, chosen)
 
 
@@ -252,12 +254,16 @@ def _chosen_html(front: Record, names: Sequence[str]) -> str:
     )
 
 
-def _layers_data(names: Sequence[str], layers: Sequence[Record]) -> list[dict[str, Any]]:
-    """Name and, by choice, bytes and milliseconds of every layer."""
+def _layers_data(
+    names: Sequence[str], layers: Sequence[Record], shares: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Of every layer its name, its share of the divergence, and by choice bytes and
+    milliseconds."""
     costs = {str(layer["name"]): layer.get("costs") or {} for layer in layers}
     return [
         {
             "name": name,
+            "sensitivity": shares.get(name),
             "costs": {
                 choice: [cost.get("size_bytes"), cost.get("latency_ms")]
                 for choice, cost in costs.get(name, {}).items()
@@ -283,6 +289,7 @@ def _members_data(front: Record, names: Sequence[str]) -> dict[str, Any]:
             ["bits a weight", row["bits"]],
             ["latency, predicted (ms)", row["predicted"]],
             ["measured (ms)", row["measured"]],
+            *structure_words(member["candidate"]),
         ]
         members.append(
             {

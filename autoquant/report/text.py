@@ -218,6 +218,23 @@ def bits_words(choice: LayerChoice) -> str:
     )
 
 
+def structure_words(candidate: Record) -> list[list[str]]:
+    """What a candidate changes beside bits, as pairs of a name and words."""
+    found = []
+    pruning = {n: r for n, r in (candidate.get("pruning") or {}).items() if r}
+    if pruning:
+        words = ", ".join(f"{tail_of(n, 24)} −{100 * r:.0f} %" for n, r in pruning.items())
+        found.append(["channels", words])
+    for field, name in (("rank", "ranks"), ("student", "student"), ("training", "training")):
+        values = candidate.get(field) or {}
+        if values:
+            words = ", ".join(f"{tail_of(str(n), 24)} {v}" for n, v in values.items())
+            found.append([name, words])
+    if candidate.get("drop"):
+        found.append(["left out", ", ".join(tail_of(n, 24) for n in candidate["drop"])])
+    return found
+
+
 def export_command(front: Record, trial: int | str) -> str:
     """The command that packages a member; ``N`` for a trial leaves it open."""
     run = str(front["run"])
