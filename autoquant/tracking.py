@@ -312,7 +312,7 @@ class MlflowTracker:
         name = re.sub(r"[/:]", ".", str(front["task"])) or "model"
         with contextlib.suppress(MlflowException):  # it is there already
             client.create_registered_model(name)
-        versions = client.search_model_versions(f"name = {_quoted(name)} and run_id = '{child}'")
+        versions = [*client.search_model_versions(f"name = {_quoted(name)} and run_id = '{child}'")]
         if not versions:
             with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about type hints within MLflow
