@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from autoquant import document
 from autoquant.candidate import (
@@ -23,6 +23,7 @@ from autoquant.candidate import (
     is_rank,
 )
 from autoquant.errors import CandidateError, SpaceError, nearest
+from autoquant.training import TrainingSettings
 
 TIES = ("residual", "attention")
 
@@ -217,26 +218,49 @@ class RankRule(document.Document):
     ]
 
 
-Numbers = Annotated[tuple[float, ...], BeforeValidator(_listed)]
+Values = Annotated[tuple[Any, ...], BeforeValidator(_listed)]
 
 
 class TrainingRanges(document.Document):
-    """Values that training settings may take; a setting without values keeps its default.
+    """Values that training settings (`TrainingSettings`) may take, one or several of each; a
+    setting without values keeps its default."""
 
-    ``steps``: optimizer steps, 0 for none.
-    """
+    steps: Values = ()
+    epochs: Values = ()
+    batch_size: Values = ()
+    optimizer: Values = ()
+    learning_rate: Values = ()
+    schedule: Values = ()
+    weight_decay: Values = ()
+    quantizer: Values = ()
+    batch_norm: Values = ()
+    teacher: Values = ()
+    alpha: Values = ()
+    temperature: Values = ()
+    hint_weight: Values = ()
+    relation_weight: Values = ()
 
-    steps: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_listed)] = (0,)
-    learning_rate: Annotated[
-        tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(_listed)
-    ] = ()
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        for name, values in self._given():
+            for value in values:
+                try:
+                    TrainingSettings.from_dict({name: value})
+                except CandidateError as error:
+                    raise ValueError(str(error).removeprefix("training: ")) from None
+        if any(self.steps) and any(self.epochs):
+            raise ValueError("give steps or epochs, not both")
+        return self
+
+    def _given(self) -> list[tuple[str, tuple[Any, ...]]]:
+        each = [(name, getattr(self, name)) for name in type(self).model_fields]
+        return [(name, values) for name, values in each if values]
 
     def dimensions(self) -> dict[str, tuple[Any, ...]]:
         """``train:SETTING`` → its values; nothing where no step is offered."""
-        if not any(self.steps):
+        if not any(self.steps) and not any(self.epochs):
             return {}
-        named = {name: getattr(self, name) for name in type(self).model_fields}
-        return {f"train:{n}": tuple(dict.fromkeys(values)) for n, values in named.items() if values}
+        return {f"train:{n}": tuple(dict.fromkeys(values)) for n, values in self._given()}
 
 
 class Space(document.Document):

@@ -43,6 +43,7 @@ from autoquant.front import Front
 from autoquant.result import COST_NAMES, STATUSES, TrialResult
 from autoquant.search import SearchSettings, search
 from autoquant.search import trial as trials
+from autoquant.search import variant as variants
 from autoquant.search.study import Callback, Study, read_trials
 from autoquant.space import Space
 from autoquant.task import Array
@@ -519,14 +520,14 @@ def breaks(
     monkeypatch: pytest.MonkeyPatch, when: Callable[[Candidate], bool], error: Exception
 ) -> None:
     """Let compressing some candidates raise."""
-    compress = trials.compress
+    compress = variants.compress
 
     def broken(graph: Any, candidate: Candidate, *rest: Any) -> Any:
         if when(candidate):
             raise error
         return compress(graph, candidate, *rest)
 
-    monkeypatch.setattr(trials, "compress", broken)
+    monkeypatch.setattr(variants, "compress", broken)
 
 
 def test_a_trial_that_fails_is_recorded_and_the_search_goes_on(

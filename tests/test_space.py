@@ -299,7 +299,9 @@ def test_structure_is_offered_by_name_patterns(tmp_path: Path) -> None:
         ("rank: [{ranks: [1.5]}]", "rank.0.ranks: 1.5 is not a rank"),
         ("rank: [{ranks: ['cp:0']}]", "rank.0.ranks: 'cp:0' is not a rank"),
         ("importance: l3", "importance: 'l3' is not one of l1, l2"),
-        ("training: {steps: -1}", "training.steps.0"),
+        ("training: {steps: -1}", "training: steps is -1; it can be a whole number from 0"),
+        ("training: {teacher: [float, me]}", "training: teacher is 'me'; it can be float, task"),
+        ("training: {steps: 1, epochs: 1}", "training: give steps or epochs, not both"),
         ("training: {step: 1}", "step"),
     ],
 )

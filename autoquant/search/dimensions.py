@@ -78,7 +78,7 @@ def candidate_of(picks: Mapping[str, Any]) -> Candidate:
         layers,
         pruning={n: ratio for n, ratio in found["prune"].items() if ratio},
         rank={n: rank for n, rank in found["rank"].items() if rank is not None},
-        training=training if training.get("steps") else None,
+        training=training if training.get("steps") or training.get("epochs") else None,
         drop=tuple(n for n, gone in found["drop"].items() if gone),
         student={n: value for n, value in found["student"].items() if value is not None},
         importance=importance,
@@ -91,7 +91,7 @@ def option_of(candidate: Candidate, dimension: str, options: tuple[Any, ...]) ->
         return candidate.layers.get(dimension, FLOAT)
     kind, _, name = dimension.partition(":")
     if kind == "train":
-        found = (candidate.training or {"steps": 0}).get(name)
+        found = (candidate.training or {"steps": 0, "epochs": 0}).get(name)
     elif kind == "prune":
         found = candidate.pruning.get(name, 0.0)
     elif kind == "rank":
