@@ -147,7 +147,7 @@ def test_a_rule_that_does_not_fit_the_network_is_named(
     [
         ("rules: [{weight_bits: 9}]", "9 is not one of 2, 3"),
         ("rules: [{weight_bits: [8, x]}]", "valid integer"),
-        ("rules: [{activation_bits: 5}]", "5 is not one of 4, 6"),
+        ("rules: [{activation_bits: 5}]", "5 is not one of 3, 4, 6"),
         ("rules: [{weight_bits: true}]", "weight_bits"),
         ("rules: [{kinds: [Convolution]}]", "'Convolution' is not one of Conv"),
         ("rules: [{weight_bit: 8}]", "did you mean 'weight_bits'"),
