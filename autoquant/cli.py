@@ -156,8 +156,17 @@ def search(
         typer.Option(metavar="N", help="batches a trial evaluates at once; default all cores"),
     ] = None,
     ray_address: Annotated[str | None, typer.Option(metavar="ADDR", help="Ray cluster")] = None,
+    trial_timeout: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="end a trial that takes longer")
+    ] = None,
+    trial_memory: Annotated[
+        int | None, typer.Option(metavar="BYTES", help="end a trial whose worker holds more")
+    ] = None,
     storage: Annotated[
-        str | None, typer.Option(metavar="URL", help="Optuna storage; default a journal file")
+        str | None,
+        typer.Option(
+            metavar="URL", help="journal://, sqlite:// or postgresql://; default a journal file"
+        ),
     ] = None,
     sampler: Annotated[
         str | None,
@@ -228,6 +237,8 @@ def search(
         "workers": workers,
         "evaluation_threads": evaluation_threads,
         "ray_address": ray_address,
+        "trial_timeout": trial_timeout,
+        "trial_memory": trial_memory,
         "storage": storage,
         "sampler": sampler,
         "signal": signal,
@@ -277,6 +288,20 @@ def _check_names(given: dict[str, Any], config: Path | None) -> None:
 
 def _runs_option(folder: Path) -> str:
     return f" --runs-dir {folder.parent}"
+
+
+@app.command()
+def status(run: RunArgument, runs_dir: RunsDir = RUNS, as_json: Json = False) -> None:
+    """Show how a search goes, or where it ended: live, dead or finished."""
+    from autoquant.search.status import status as read_status
+
+    found = read_status(run, runs_dir)
+    if as_json:
+        _print_json(found)
+    else:
+        from autoquant.report import status_table
+
+        _print_table(status_table(found))
 
 
 @app.command()

@@ -15,10 +15,10 @@ from rich.progress import (
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 
 from autoquant.result import TrialResult
+from autoquant.search.status import Pace
 from autoquant.search.study import Callback
 
 
@@ -36,6 +36,7 @@ class ProgressBar(Callback):
         self.best: TrialResult | None = None
         self.smallest: TrialResult | None = None
         self.reference = 0.0
+        self.speed: Pace | None = None
 
     def stage(self, text: str) -> None:
         """One line a stage, and on a terminal how long it takes while it does."""
@@ -67,13 +68,15 @@ class ProgressBar(Callback):
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[pace]}"),
             console=self.console,
             disable=not (self.console.is_terminal or "ipykernel" in sys.modules),
         )
-        self.bar = self.progress.add_task("search", total=study["trials"], completed=len(done))
+        self.bar = self.progress.add_task(
+            "search", total=study["trials"], completed=len(done), pace=""
+        )
         self.progress.start()
+        self.speed = Pace(study["trials"], len(done))
         for result in done:
             self._count(result)
 
@@ -86,8 +89,16 @@ class ProgressBar(Callback):
                 highlight=False,
                 soft_wrap=True,
             )
+        if self.speed is not None:
+            self.speed.tick()
         if self.progress is not None:
             self.progress.update(self.bar, advance=1, description=self._text())
+
+    def pace(self, workers: int, retries: int) -> None:
+        """Show how many run, how fast, and what was started again."""
+        if self.speed is not None and self.progress is not None:
+            self.speed.workers, self.speed.retries = workers, retries
+            self.progress.update(self.bar, pace=str(self.speed))
 
     def finish(self, front: Any) -> None:
         """Close the bar."""

@@ -122,7 +122,7 @@ class TrialResult:
     that of the artifact that was scored. ``origin`` proposed it: uniform, solver, sampler,
     neighbour, polish, or ``start RUN:TRIAL``. ``second`` is the divergence on a second set of
     inputs, where it was asked for. ``evidence``: what later trials are compared with
-    (`autoquant.evaluate`).
+    (`autoquant.evaluate`). ``traceback``: of an exception; it has a file of its own.
     """
 
     trial: int
@@ -139,9 +139,10 @@ class TrialResult:
     why: str | None = None
     second: float | None = None
     evidence: str | None = None
+    traceback: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The line's JSON form."""
+        """The line's JSON form, without the ``traceback``."""
         return {
             "trial": self.trial,
             "key": self.candidate.key,

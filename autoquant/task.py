@@ -46,6 +46,7 @@ class Task:
     cross-entropy for ``top1``, and else the squared error of targets shaped as the outputs.
     ``student``: makes a smaller network with the same inputs and outputs from keywords (width,
     depth) that a space chooses.
+    ``gpus``: how many a trial needs of Ray, or which share of one; 0 for none.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Task:
     teacher: torch.nn.Module | str | Path | None = None
     loss: Callable[[Any, Any], Any] | None = None
     student: Callable[..., torch.nn.Module] | None = None
+    gpus: float = 0.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.example_inputs, tuple):
@@ -74,6 +76,8 @@ class Task:
                 raise TaskError(
                     f"task {self.name!r}: example_inputs[{i}] must be a tensor, batch first"
                 )
+        if not 0 <= self.gpus < float("inf"):
+            raise TaskError(f"task {self.name!r}: gpus is {self.gpus!r}; it must be 0 or more")
         if self.metric != "top1" and not callable(self.metric):
             raise TaskError(
                 f"task {self.name!r}: metric is {self.metric!r}; "

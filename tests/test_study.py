@@ -59,6 +59,7 @@ class Fake:
         before: Callable[[TrialResult], TrialResult | None] = lambda _: None,
     ) -> None:
         self.context, self.slots, self.before = context, slots, before
+        self.workers, self.retries = slots, 0
         self.queue: list[tuple[Candidate, int, int]] = []
         self.against: dict[int, Against | None] = {}
         self.most = 0
@@ -628,7 +629,7 @@ def test_a_full_disk_ends_with_one_line_and_can_be_resumed(
     assert "\n" not in str(caught.value)
     monkeypatch.undo()
     done = len(read_trials(tmp_path / "trials.jsonl"))
-    assert done >= 4
+    assert done >= 3  # what is not synced does not count
     again = open_study(small, tmp_path, resume=True)
     assert len(again.results) == done
     assert again.run(Fake(small, slots), []) == "trials"

@@ -6,7 +6,7 @@ needs the objects that made it.
 
 from autoquant.report.compare import choice_lines, compare_fronts, compare_table
 from autoquant.report.page import compare_html, front_html
-from autoquant.report.tables import front_markdown, front_table, layers_table
+from autoquant.report.tables import front_markdown, front_table, layers_table, status_table
 
 __all__ = [
     "choice_lines",
@@ -17,4 +17,5 @@ __all__ = [
     "front_markdown",
     "front_table",
     "layers_table",
+    "status_table",
 ]

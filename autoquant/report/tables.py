@@ -176,3 +176,32 @@ _HOW_TO_READ = (
     "drop, the paired one; of a measured latency, the spread of its rounds; of a predicted one, "
     "the range of the device's model)."
 )
+
+
+def status_table(status: Record) -> Table:
+    """What `autoquant.search.status.status` found, a row a fact; what is unknown is left out."""
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    owner = status["owner"]
+    rows = {
+        "run": status["run"],
+        "state": status["state"],
+        "driver": owner and f"process {owner.get('pid')} on {owner.get('host')}",
+        "last heard of": status["last_heard_of"],
+        "stage": status["stage"],
+        "trials": f"{status['trials']} of {status['total']}",
+        "failed": status["failed"] or None,
+        "last error": status["last_error"],
+        "front so far": f"{status['members']} members",
+    }
+    if status["state"] == "running":
+        rate, left = status["trials_per_minute"], status["seconds_left"]
+        rows["workers"] = status["workers"] or None
+        rows["retries"] = status["retries"] or None
+        rows["trials a minute"] = None if rate is None else f"{rate:.3g}"
+        rows["minutes left"] = None if left is None else f"{left / 60:.1f}"
+    for name, value in rows.items():
+        if value is not None:
+            table.add_row(name, str(value))
+    return table

@@ -31,14 +31,15 @@ from autoquant.front import (
     relative_hypervolume,
 )
 from autoquant.hardware import Hardware, load_hardware
-from autoquant.result import TrialResult
+from autoquant.result import Latency, TrialResult
 from autoquant.runtime import RUNTIMES, measure
 from autoquant.search import executor as executors
-from autoquant.search.run import Run, describe_environment, open_run, write_json
+from autoquant.search.run import Run, describe_environment, open_run, without_password, write_json
 from autoquant.search.sensitivity import Sensitivity
 from autoquant.search.sensitivity import priors as priors_of
 from autoquant.search.solver import Table, curve
 from autoquant.search.start import moved, read_start
+from autoquant.search.status import RunLog
 from autoquant.search.study import (
     SIGNALS,
     Callback,
@@ -77,7 +78,10 @@ class SearchSettings:
     ``batch`` and ``threads`` are those of latencies. ``workers`` above 1, or a
     ``ray_address``, runs trials as Ray tasks. ``evaluation_threads``: batches that one trial
     evaluates at a time, 0 for one a core (one with Ray); scores do not depend on it.
-    ``storage``: an Optuna URL, None for a journal file in the run folder. ``polish``: up to a
+    ``ray_address`` with one worker takes every core of the cluster. ``trial_timeout`` in seconds
+    and ``trial_memory`` in bytes end a trial that takes more; trials then run as Ray tasks.
+    ``storage``: ``journal:///path``, ``sqlite:///path``, ``postgresql://…``; None for a journal
+    file in the run folder. ``polish``: up to a
     tenth of the trials refit low-bit members of the front, each a trial of its own.
     ``sampler``: surrogate (`autoquant.search.sampler`), tpe, nsga2, random, another of Optuna's
     by its class's name, or a sampler. ``signal``: what it follows, the ``divergence`` of the
@@ -104,6 +108,8 @@ class SearchSettings:
     workers: int = 1
     evaluation_threads: int = 0
     ray_address: str | None = None
+    trial_timeout: float | None = None
+    trial_memory: int | None = None
     storage: str | None = None
     sampler: str | BaseSampler = "surrogate"
     signal: str = "divergence"
@@ -125,7 +131,7 @@ class SearchSettings:
             raise RunError(
                 f"--evaluation-threads is {self.evaluation_threads!r}; it must be 0 or more"
             )
-        for name in ("timeout", *_COST_LIMITS):
+        for name in ("timeout", "trial_timeout", "trial_memory", *_COST_LIMITS):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise RunError(f"--{name.replace('_', '-')} is {value!r}; it must be above 0")
@@ -165,7 +171,9 @@ class SearchSettings:
             "workers": self.workers,
             "evaluation_threads": self.evaluation_threads,
             "ray_address": self.ray_address,
-            "storage": self.storage,
+            "trial_timeout": self.trial_timeout,
+            "trial_memory": self.trial_memory,
+            "storage": None if self.storage is None else without_password(self.storage),
             "sampler": self.sampler if isinstance(self.sampler, str) else repr(self.sampler),
             "signal": self.signal,
             "patience": self.patience,
@@ -216,13 +224,29 @@ def search(
     objectives = check_objectives(settings.objectives)
     start = [] if settings.start_from is None else _read_start(settings)
     run = _open(task, settings, source or {"task": task.name})
+    callbacks = (RunLog(run.folder, settings.trials), *callbacks)
+    with contextlib.ExitStack() as stack:
+        stack.callback(run.close)
+        return _searched(task, settings, run, objectives, start, callbacks, stack, started)
 
+
+def _searched(
+    task: Task,
+    settings: SearchSettings,
+    run: Run,
+    objectives: tuple[str, ...],
+    start: Sequence[tuple[str, Candidate]],
+    callbacks: Sequence[Callback],
+    stack: contextlib.ExitStack,
+    started: float,
+) -> Front:
     def say(text: str) -> None:
         for callback in callbacks:
             callback.stage(text)
 
     try:
         run.write(describe_environment())  # first: a run that dies while preparing can be resumed
+        alone = stack.enter_context(executors.connected(settings.ray_address))
         context = prepare(
             task,
             space=settings.fixed_space(),
@@ -240,6 +264,7 @@ def search(
             seed=settings.seed,
             cache=run.folder,
             say=say,
+            alone=alone,
         )
         _check_predicted(objectives, settings, context)
         start = moved(start, context.choices, context.options)
@@ -261,6 +286,7 @@ def search(
             settings.resume,
             first=lambda: first_candidates(context, objectives, priors, start),
             priors=priors,
+            say=say,
         )
     except BaseException:
         run.discard()
@@ -276,7 +302,7 @@ def search(
     if learned is not None:
         write_json(run.folder / "learned.json", learned)
     results = study.recorded()  # Ctrl-C may come between a line and its use
-    front = _front(task, settings, context, results, objectives, run, say)
+    front = _front(task, settings, context, results, objectives, run, say, alone)
     front = replace(front, seconds=run.seconds + time.perf_counter() - started)
     write_json(run.folder / "front.json", front.to_dict())
     for callback in callbacks:
@@ -404,9 +430,28 @@ def _trials(
     """The sampler's trials, then polished members of the front; ``trials`` is the sum."""
     most = min(POLISHED + settings.trials // 100, settings.trials // 10)
     reserve = most if settings.polish else 0
-    reason = _run(study, context, settings, callbacks, settings.trials - reserve)
-    if reserve == 0 or reason in ("timeout", "interrupted"):
+    if len(study.results) >= settings.trials:
         return
+    bounds = executors.Bounds(settings.trial_timeout, settings.trial_memory)
+    executor = executors.make(context, settings.workers, settings.ray_address, bounds)
+    with contextlib.closing(executor):
+        reason = _run(study, executor, settings, callbacks, settings.trials - reserve)
+        if reserve == 0 or reason in ("timeout", "interrupted", "failing", "full"):
+            return
+        if _polish(study, context, settings, objectives, callbacks, say, reserve):
+            _run(study, executor, settings, callbacks, settings.trials)
+
+
+def _polish(
+    study: Study,
+    context: Context,
+    settings: SearchSettings,
+    objectives: Sequence[str],
+    callbacks: Sequence[Callback],
+    say: Callable[[str], None],
+    reserve: int,
+) -> bool:
+    """Polish members of the front; whether the search goes on."""
     most = min(reserve, settings.trials - len(study.results))
     chosen = [] if study.timed_out else _worth_polishing(study, context, objectives, most)
     workers = (os.cpu_count() or 1) if is_tuned(context.graph) else 1
@@ -420,8 +465,8 @@ def _trials(
             if study.timed_out:
                 break
     except KeyboardInterrupt:
-        return
-    _run(study, context, settings, callbacks, settings.trials)
+        return False
+    return study.full is None
 
 
 def _worth_polishing(
@@ -448,7 +493,7 @@ def _worth_polishing(
 
 def _run(
     study: Study,
-    context: Context,
+    executor: executors.Executor,
     settings: SearchSettings,
     callbacks: Sequence[Callback],
     total: int,
@@ -456,12 +501,11 @@ def _run(
     """Trials up to a total; returns why it ended, and says so."""
     if len(study.results) >= total:
         return "trials"
-    executor = executors.make(context, settings.workers, settings.ray_address)
-    try:
-        reason = study.run(executor, callbacks, total)
-    finally:
-        executor.close()
+    reason = study.run(executor, callbacks, total)
+    last = next((r.error for r in reversed(study.results) if r.status == "failed"), None)
     said = {
+        "failing": f"stopped: most of the last trials failed, one with: {last} (errors/ has more)",
+        "full": f"stopped: {study.full}; make room and go on with --resume",
         "timeout": "time is up",
         "exhausted": "no new candidate is left in this space",
         "patience": f"the front has not changed for {settings.patience} trials",
@@ -497,6 +541,7 @@ def _front(
     objectives: Sequence[str],
     run: Run,
     say: Any,
+    alone: executors.Alone,
 ) -> Front:
     reference = context.evaluator.reference
     assert reference is not None
@@ -516,7 +561,9 @@ def _front(
         say(f"verifying {len(members)} members of the front")
         if context.hardware.latency == "analytic":
             say(f"latencies are predictions for {context.hardware.name}; none is measured here")
-        members = _verify(task, settings, context, results, members, run.folder, baseline)
+        members = _verify(
+            task, settings, context, results, members, run.folder, baseline, alone, say
+        )
     return Front(
         run=run.name,
         task=task.name,
@@ -546,6 +593,8 @@ def _verify(
     members: Sequence[Member],
     folder: Path,
     baseline: dict[str, Any],
+    alone: executors.Alone,
+    say: Callable[[str], None],
 ) -> list[Member]:
     """Rebuild every member's file, score it on the test split and measure its latency.
 
@@ -560,11 +609,13 @@ def _verify(
             runtime.open(float_model(context.original))
         ).value
     baseline_model = float_model(context.original)
-    sessions = {"float": runtime.open(baseline_model, settings.threads)} if here else {}
+    models = {"float": baseline_model} if here else {}
     scores = {}
     for member in members:
         path = folder / "artifacts" / f"{member.trial}.onnx"
         artifact = _kept(path, member, hashes[member.trial])
+        if artifact is None and member.candidate.polish:
+            say(f"{path.name} is missing or damaged: made again")
         artifact = artifact or context.compress(member.candidate)
         if artifact.sha256 != hashes[member.trial]:
             raise RunError(
@@ -573,7 +624,7 @@ def _verify(
             )
         artifact.save(path)
         if here:
-            sessions[str(member.trial)] = runtime.open(artifact.model, settings.threads)
+            models[str(member.trial)] = artifact.model
         found = member.searched
         if test is not None:
             found = test.score(runtime.open(artifact.model))
@@ -581,8 +632,7 @@ def _verify(
     times: dict[str, Mapping[str, Any]] = {}
     if here:
         inputs = latency_inputs(task, context.graph, settings.batch)
-        name, threads = runtime.name, settings.threads
-        found_times = measure(sessions, inputs, threads=threads, runtime=name, seconds=0.5)
+        found_times = alone(_timed, context.hardware.runtime, models, inputs, settings.threads)
         times = {key: time.to_dict() for key, time in found_times.items()}
         baseline.update(times["float"])
     _remove_old_artifacts(folder / "artifacts", {m.trial for m in members})
@@ -598,6 +648,15 @@ def _verify(
         )
         for member in members
     ]
+
+
+def _timed(
+    name: str, models: Mapping[str, bytes], inputs: Sequence[Any], threads: int
+) -> Mapping[str, Latency]:
+    """The latencies of models, measured side by side."""
+    runtime = RUNTIMES[name]()
+    sessions = {key: runtime.open(model, threads) for key, model in models.items()}
+    return measure(sessions, inputs, threads=threads, runtime=runtime.name, seconds=0.5)
 
 
 def _kept(path: Path, member: Member, sha256: str | None) -> Artifact | None:

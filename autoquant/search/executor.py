@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+import threading
+import time
 from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 from autoquant.candidate import Candidate
@@ -13,13 +18,23 @@ from autoquant.errors import RunError
 from autoquant.result import TrialResult
 from autoquant.search.trial import Against, Context, run_trial
 
-RETRIES = 2  # of a trial whose worker died
+RETRIES = 5  # of a trial whose node was lost
+KILLS = 2  # workers that may die with one candidate before it is set aside
+
+Alone = Callable[..., Any]  # calls a function with its arguments beside nothing else
 
 
 class Executor(Protocol):
-    """Runs candidates; keeps at most ``slots`` at a time."""
+    """Runs candidates; keeps at most ``slots`` at a time. ``workers``: how many of them can
+    run now. ``retries``: trials that were started again so far."""
 
     slots: int
+    retries: int
+
+    @property
+    def workers(self) -> int:
+        """How many trials can run at a time now."""
+        ...
 
     def submit(
         self, candidate: Candidate, trial: int, seed: int, against: Against | None = None
@@ -39,7 +54,8 @@ class Executor(Protocol):
 class InProcess:
     """One trial at a time in this process; parallel over the batches of an evaluation."""
 
-    slots = 1
+    slots = workers = 1
+    retries = 0
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -61,71 +77,169 @@ class InProcess:
         self.queue.clear()
 
 
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What one trial may take: ``seconds`` of wall time, ``memory_bytes`` resident in its
+    worker, context and all. None is no bound."""
+
+    seconds: float | None = None
+    memory_bytes: int | None = None
+
+    def __bool__(self) -> bool:
+        return self.seconds is not None or self.memory_bytes is not None
+
+
 @dataclass(slots=True)
 class _Running:
     candidate: Candidate
     trial: int
     seed: int
     against: Against | None
-    attempts: int
+    kills: int = 0  # workers that died with it
+    losses: int = 0  # nodes and objects that were lost with it
+
+
+@contextlib.contextmanager
+def connected(address: str | None) -> Iterator[Alone]:
+    """The cluster at an address, if there is one; yields how a measurement runs beside nothing.
+
+    On this machine the driver measures, before and after the trials. On a cluster it is a task
+    on the one node with the resource ``latency`` that takes all of its cores, and so waits
+    for the trials there; without such a node the driver measures too. Raises RunError.
+    """
+    if not address:
+        yield here
+        return
+    started = _connect(1, address)
+    try:
+        yield _on_the_latency_node if _latency_node() else here
+    finally:
+        if started:
+            import ray
+
+            ray.shutdown()
+
+
+def here(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """An `Alone` in this process."""
+    return function(*args, **options)
+
+
+def _resources() -> dict[str, float]:
+    import ray
+
+    found: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return found
+
+
+def _latency_node() -> dict[str, float] | None:
+    import ray
+
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    found = [n["Resources"] for n in nodes if n["Alive"] and n["Resources"].get("latency")]
+    return found[0] if found else None
+
+
+def _on_the_latency_node(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    import ray
+
+    node = _latency_node()
+    if node is None:
+        raise RunError("--ray-address: the node with the resource 'latency' is gone")
+    _ship_task_files()
+    remote = ray.remote(num_cpus=node.get("CPU", 0), resources={"latency": 1})(function)
+    return ray.get(remote.remote(*args, **options))
+
+
+def _connect(workers: int, address: str | None) -> bool:
+    """Start or join Ray; whether it was not there before. Raises RunError."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    if ray.is_initialized():
+        return False
+    try:
+        if address is None:
+            ray.init(
+                address="local",
+                num_cpus=workers,
+                include_dashboard=False,
+                log_to_driver=False,
+                configure_logging=False,
+            )
+        else:
+            ray.init(address=address, log_to_driver=False, configure_logging=False)
+    except Exception as error:
+        what = (
+            f"--workers {workers}: Ray cannot start"
+            if address is None
+            else f"--ray-address {address}: cannot connect"
+        )
+        raise RunError(f"{what}: {' '.join(str(error).split())[:200]}") from None
+    return True
 
 
 class RayExecutor:
     """Ray tasks, one core each. The context is put in the object store once, and each worker
     process keeps the one it has unpacked.
 
-    ``address`` None starts Ray on this machine; an address joins that cluster. A trial whose
-    worker or node died runs again, up to ``RETRIES`` times; an exception inside a trial is
-    its result.
+    ``address`` None starts Ray on this machine; an address joins that cluster, and one worker
+    then means one for each of its cores. A trial whose worker died runs once more, one whose
+    node was lost up to ``RETRIES`` times; a candidate that two workers died with is set aside. An
+    exception inside a trial, and a trial that passes its ``bounds``, are results.
     """
 
-    def __init__(self, context: Context, workers: int, address: str | None = None) -> None:
+    def __init__(
+        self,
+        context: Context,
+        workers: int,
+        address: str | None = None,
+        bounds: Bounds | None = None,
+    ) -> None:
+        self.started = _connect(workers, address)
         import ray
 
+        resources = _resources()
         self.slots = max(1, workers)
-        self.started = not ray.is_initialized()
-        if self.started:
-            try:
-                if address is None:
-                    ray.init(
-                        address="local",
-                        num_cpus=self.slots,
-                        include_dashboard=False,
-                        log_to_driver=False,
-                        configure_logging=False,
-                    )
-                else:
-                    ray.init(address=address, log_to_driver=False, configure_logging=False)
-            except Exception as error:
-                what = (
-                    f"--workers {workers}: Ray cannot start"
-                    if address is None
-                    else f"--ray-address {address}: cannot connect"
-                )
-                reason = " ".join(str(error).split())[:200]
-                raise RunError(f"{what}: {reason}") from None
+        if address is not None and workers == 1:
+            self.slots = max(1, int(resources.get("CPU", 1)))
+        if context.gpus > resources.get("GPU", 0):
+            self.close_ray()
+            raise RunError(
+                f"the task asks for {context.gpus:g} GPUs a trial; "
+                f"Ray has {resources.get('GPU', 0):g}"
+            )
         _ship_task_files()
         alone = replace(context, evaluator=_single_worker(context), inputs=())
         self.context = ray.put(alone)
-        self.remote = ray.remote(num_cpus=1, max_retries=0)(_remote_trial)
+        self.bounds = bounds or Bounds()
+        options: dict[str, Any] = {"num_cpus": 1, "max_retries": 0}
+        if context.gpus:
+            options["num_gpus"] = context.gpus
+        self.remote = ray.remote(**options)(_remote_trial)
         self.running: dict[Any, _Running] = {}
+        self.retries = 0
+        found = ray.exceptions
+        self.killed = (found.WorkerCrashedError, found.OutOfMemoryError)
         self.lost = (
-            ray.exceptions.WorkerCrashedError,
-            ray.exceptions.RayActorError,
-            ray.exceptions.NodeDiedError,
-            ray.exceptions.ObjectLostError,
-            ray.exceptions.OutOfMemoryError,
+            *(found.NodeDiedError, found.ObjectLostError, found.RayActorError),
+            *(found.ActorUnavailableError, found.TaskUnschedulableError),
         )
+
+    @property
+    def workers(self) -> int:
+        """How many trials can run at a time now: fewer after a node is lost."""
+        return min(self.slots, int(_resources().get("CPU", 0)))
 
     def submit(
         self, candidate: Candidate, trial: int, seed: int, against: Against | None = None
     ) -> None:
         """Start one trial as a Ray task."""
-        self._start(_Running(candidate, trial, seed, against, 0))
+        self._start(_Running(candidate, trial, seed, against))
 
     def _start(self, item: _Running) -> None:
         future = self.remote.remote(
-            [self.context], item.candidate, item.trial, item.seed, item.against
+            [self.context], item.candidate, item.trial, item.seed, item.against, self.bounds
         )
         self.running[future] = item
 
@@ -137,25 +251,28 @@ class RayExecutor:
             done, _ = ray.wait(list(self.running), num_returns=1)
             item = self.running.pop(done[0])
             try:
-                result: TrialResult = ray.get(done[0])
-                return result
+                result: TrialResult | None = ray.get(done[0])
+                if result is not None:
+                    return result
+                self._start(item)  # it came to a process that was about to end
+                continue
+            except self.killed as error:
+                item.kills += 1
+                name = type(error).__name__
+                message = f"set aside: {item.kills} workers died while they ran it ({name})"
+                again = item.kills < KILLS
             except self.lost as error:
-                item.attempts += 1
-                if item.attempts <= RETRIES:
-                    self._start(item)
-                    continue
-                message = f"its worker died {item.attempts} times: {type(error).__name__}"
+                item.losses += 1
+                message = f"lost {item.losses} times with its node: {type(error).__name__}"
+                again = item.losses <= RETRIES
             except Exception as error:
                 message = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            return TrialResult(
-                item.trial,
-                item.candidate,
-                "failed",
-                seconds={},
-                seed=item.seed,
-                error=message,
-                origin=None if item.against is None else item.against.origin,
-            )
+                again = False
+            if again:
+                self.retries += 1
+                self._start(item)
+                continue
+            return _failed(item.candidate, item.trial, item.seed, item.against, message)
 
     def close(self) -> None:
         """Cancel what runs; end Ray where this executor started it."""
@@ -164,11 +281,27 @@ class RayExecutor:
         for future in self.running:
             ray.cancel(future, force=True)
         self.running.clear()
+        self.close_ray()
+
+    def close_ray(self) -> None:
+        """End Ray where this executor started it."""
+        import ray
+
         if self.started:
             ray.shutdown()
 
 
+def _failed(
+    candidate: Candidate, trial: int, seed: int, against: Against | None, message: str
+) -> TrialResult:
+    origin = None if against is None else against.origin
+    return TrialResult(
+        trial, candidate, "failed", seconds={}, seed=seed, error=message, origin=origin
+    )
+
+
 _context: dict[str, Context] = {}
+_ending = threading.Event()  # a trial has passed its bounds, and its thread cannot be stopped
 
 
 def _remote_trial(
@@ -176,16 +309,64 @@ def _remote_trial(
     candidate: Candidate,
     trial: int,
     seed: int,
-    against: Against | None = None,
-) -> TrialResult:
-    """Runs in a worker: unpack the context once a process."""
+    against: Against | None,
+    bounds: Bounds,
+) -> TrialResult | None:
+    """Runs in a worker: unpack the context once a process. None: the process is ending."""
     import ray
 
+    if _ending.is_set():
+        time.sleep(0.05)
+        return None
     key = reference[0].hex()
     if key not in _context:
+        _one_thread()
         _context.clear()
         _context[key] = ray.get(reference[0])
-    return run_trial(_context[key], candidate, trial, seed, against=against)
+    found = _context[key]
+    if not bounds:
+        return run_trial(found, candidate, trial, seed, against=against)
+    results: list[TrialResult] = []
+
+    def run() -> None:
+        results.append(run_trial(found, candidate, trial, seed, against=against))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    passed = _passed(thread, bounds)
+    if passed is None:
+        return results[0]
+    _ending.set()
+    threading.Timer(0.5, os._exit, (1,)).start()  # after this result is on its way
+    return _failed(candidate, trial, seed, against, passed)
+
+
+def _passed(thread: threading.Thread, bounds: Bounds) -> str | None:
+    """Wait for a trial's thread; which of its bounds it passes, None if it ends within them."""
+    end = None if bounds.seconds is None else time.monotonic() + bounds.seconds
+    while thread.is_alive():
+        thread.join(0.02)
+        if end is not None and time.monotonic() > end and thread.is_alive():
+            return f"ended: it took more than its {bounds.seconds:g} s"
+        if bounds.memory_bytes is not None and resident_bytes() > bounds.memory_bytes:
+            return f"ended: its worker held more than {bounds.memory_bytes / 1e6:,.0f} MB"
+    return None
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is resident now. Raises OSError where there is no /proc."""
+    with Path("/proc/self/statm").open() as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _one_thread() -> None:
+    """Workers share the machine by processes: none of their libraries starts threads."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = "1"
+    if "torch" in sys.modules:
+        import torch
+
+        torch.set_num_threads(1)
 
 
 def _single_worker(context: Context) -> Any:
@@ -206,9 +387,11 @@ def _ship_task_files() -> None:
             ray.cloudpickle.register_pickle_by_value(module)  # type: ignore[no-untyped-call]
 
 
-def make(context: Context, workers: int, ray_address: str | None) -> Executor:
-    """The executor for the settings: Ray for several workers or an address."""
-    if workers > 1 or ray_address:
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        return RayExecutor(context, workers, ray_address)
+def make(
+    context: Context, workers: int, ray_address: str | None, bounds: Bounds | None = None
+) -> Executor:
+    """The executor for the settings: Ray for several workers, an address, or bounds, which
+    need a process that can be ended."""
+    if workers > 1 or ray_address or bounds:
+        return RayExecutor(context, workers, ray_address, bounds)
     return InProcess(context)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import json
 import math
 import os
 import random
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,8 +22,9 @@ from autoquant.result import Cost, TrialResult
 from autoquant.search.coupling import conform
 from autoquant.search.dimensions import Options, candidate_of, option_of
 from autoquant.search.executor import Executor
+from autoquant.search.run import RESERVE, append, without_password
 from autoquant.search.solver import Table
-from autoquant.search.trial import Against, Context, Limits, Pick, run_trial
+from autoquant.search.trial import Against, Context, Limits, Pick, Say, run_trial, silent
 
 if TYPE_CHECKING:
     import optuna
@@ -36,6 +37,10 @@ SIGNALS = ("divergence", "metric")
 NEAR = 1.05  # a pick's cost relative to that of a trial that may replace it, at most
 _ADDITIVE = ("size_bytes", "weight_bytes", "average_weight_bits", "latency_ms", "bops")
 _PATIENCE = 200  # proposals in a row without a new candidate before the space counts as done
+
+
+DEATHS = 3  # drivers that may die while a candidate runs before it is set aside
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Callback:
@@ -55,6 +60,9 @@ class Callback:
 
     def trial(self, result: TrialResult) -> None:
         """A trial is finished and on disk."""
+
+    def pace(self, workers: int, retries: int) -> None:
+        """After each trial: how many can run at a time now, how many were started again."""
 
     def finish(self, front: Front) -> None:
         """The front is verified and written."""
@@ -127,8 +135,11 @@ class Study:
         resume: bool,
         first: Callable[[], Sequence[tuple[str, Candidate]]] | None = None,
         priors: Mapping[str, Table] | None = None,
+        say: Say = silent,
     ) -> None:
         import optuna
+
+        from autoquant.search.storage import open_storage
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.context, self.settings = context, settings
@@ -137,31 +148,40 @@ class Study:
         self.free = {n: c for n, c in self.dimensions.items() if len(c) > 1}
         self.fixed = {n: c[0] for n, c in self.dimensions.items() if len(c) == 1}
         self.priors = {} if priors is None else dict(priors)
-        told = read_trials(self.path) if resume else []
+        told = read_trials(self.path, say) if resume else []
         self.results = [_judged(r, context.limits) for r in told]
         self.seen = {r.candidate.key: r.trial for r in self.results}
         self.leading = self._nondominated(self.results)
+        self.picks = [r for r in self.results if _is_pick(r)]
+        self._forget_evidence(range(len(self.results)))
+        self.full: str | None = None  # the disk is: what could not be written
+        self.new = 0  # trials of this session, from here
         self.still = 0  # trials since the front changed
         self.costs: dict[str, Cost] = {}
         self.end: float | None = None  # when the time for trials is up; set by the first `run`
         self.random = random.Random(settings.seed + len(self.results))
+        self.storage, self.sync = open_storage(settings.storage, settings.folder, say)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 self.study = self._open(resume)
         except optuna.exceptions.DuplicatedStudyError:
             raise RunError(
-                f"--storage {settings.storage}: it has a study {settings.name!r} already; "
-                "choose another --name"
+                f"--storage {without_password(settings.storage or '')}: it has a study "
+                f"{settings.name!r} already; choose another --name"
             ) from None
         except (OSError, optuna.exceptions.StorageInternalError) as error:
             raise RunError(_cannot_write(settings.folder, error)) from None
-        self._recover()
+        empty = not self.study.get_trials(deepcopy=False)
+        self._recover(say)
         if resume and self.study.user_attrs.get("targets") != self._targets():
             self._rebuild()
-        if first is not None and not self.study.get_trials(deepcopy=False):
+        if first is not None and empty:
             for origin, candidate in first():
-                self._enqueue(candidate, origin)
+                if candidate.key not in self.seen:
+                    self._enqueue(candidate, origin)
+        self.new = len(self.results)
+        self.sync()
 
     def _open(self, load: bool) -> optuna.Study:
         """Create or load the study; what it stores is in its metric names."""
@@ -170,7 +190,7 @@ class Study:
         settings = self.settings
         by_metric = settings.signal == "metric"
         study = optuna.create_study(
-            storage=_storage(settings),
+            storage=self.storage,
             study_name=settings.name,
             directions=[
                 "maximize" if n == "accuracy" and by_metric else "minimize"
@@ -271,6 +291,13 @@ class Study:
         not have got to count the last."""
         return [_judged(r, self.context.limits) for r in read_trials(self.path)]
 
+    def _forget_evidence(self, indices: Iterable[int]) -> None:
+        """What later trials are compared with is kept in memory for the front alone."""
+        leading = {r.trial for r in self.leading}
+        for i in indices:
+            if self.results[i].evidence and self.results[i].trial not in leading:
+                self.results[i] = replace(self.results[i], evidence=None)
+
     def _cost(self, candidate: Candidate) -> Cost:
         key = candidate.key
         if key not in self.costs:
@@ -309,9 +336,8 @@ class Study:
                     else _value(best)):  # fmt: skip
                 best = result
         picks = []
-        for result in self.results if origin != "solver" else ():
-            if result.status != "complete" or result.second is None:
-                continue
+        for result in self.picks if origin != "solver" else ():
+            assert result.second is not None
             near = [a <= b <= NEAR * a for a, b in zip(mine, costs(result), strict=True)]
             if all(near):
                 picks.append(Pick(result.trial, _value(result), result.second))
@@ -319,26 +345,66 @@ class Study:
             return Against(origin, picks=tuple(picks))
         return Against(origin, best.trial, best.evidence, tuple(picks))
 
-    def _recover(self) -> None:
-        """After a crash: fail what is still running, repeat it, tell what was not told.
+    def _recover(self, say: Say) -> None:
+        """After a crash: tell what was not told; what ran is repeated, or set aside where it
+        ran at the death of ``DEATHS`` drivers.
 
         A storage that lost trials of trials.jsonl gets them again, under their own numbers.
         """
         from optuna.trial import TrialState
 
         known = {r.trial: r for r in self.results}
-        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            result = known.get(trial.number)
-            values = None if result is None else self._values(result)
-            if result is not None and result.status == "complete" and values is not None:
-                self.study.tell(trial.number, values)
-                continue
-            self.study.tell(trial.number, state=TrialState.FAIL)
-            if result is None and set(trial.params) == set(self.free):
-                self.study.enqueue_trial(dict(trial.params), user_attrs=trial.user_attrs)
+        unfinished, stale = (TrialState.RUNNING, TrialState.WAITING), 0
+        for trial in self.study.get_trials(deepcopy=False, states=unfinished):
+            if trial.number in known:
+                self._tell_anew(trial, known[trial.number])
+            elif trial.state == TrialState.RUNNING:
+                stale += 1
+                self._repeat(trial, say)
+        if stale:
+            say(f"{stale} trials were running when the run ended: they run again")
         count = len(self.study.get_trials(deepcopy=False))
-        for number in range(count, max(known, default=-1) + 1):
+        lost = range(count, max(known, default=-1) + 1)
+        if lost:
+            say(f"{len(lost)} trials that the storage lost are told again from trials.jsonl")
+        for number in lost:
             self._add(known.get(number))
+
+    def _tell_anew(self, trial: optuna.trial.FrozenTrial, result: TrialResult) -> None:
+        """Finish a trial that is in trials.jsonl, and that the storage has as unfinished."""
+        from optuna.distributions import IntDistribution
+        from optuna.trial import Trial, TrialState
+
+        key = trial._trial_id
+        if trial.state == TrialState.WAITING:
+            self.study._storage.set_trial_state_values(key, state=TrialState.RUNNING)
+        values = self._values(result)
+        if values is None or result.predicted is None:
+            self.study.tell(trial.number, state=TrialState.FAIL)
+            return
+        for name, index in self._params(result.candidate).items():
+            if name not in trial.params:
+                found = IntDistribution(0, len(self.free[name]) - 1)
+                self.study._storage.set_trial_param(key, name, index, found)
+        self._tell(Trial(self.study, key), result, values)
+
+    def _repeat(self, trial: optuna.trial.FrozenTrial, say: Say) -> None:
+        """Queue again what ran when a driver died, before it counts as failed."""
+        from optuna.trial import TrialState
+
+        params = trial.system_attrs.get("fixed_params", trial.params)
+        deaths = trial.user_attrs.get("deaths", 0) + 1
+        if set(params) == set(self.free):
+            if deaths < DEATHS:
+                attributes = {**trial.user_attrs, "deaths": deaths}
+                self.study.enqueue_trial(dict(params), user_attrs=attributes)
+            else:
+                say(f"trial {trial.number} is set aside: {deaths} drivers died while it ran")
+                why = f"set aside: {deaths} drivers died while it ran"
+                found = TrialResult(trial.number, self._built(params), "failed", error=why)
+                self._write(replace(found, seed=self.settings.seed, seconds={}))
+                self.seen[found.candidate.key] = trial.number
+        self.study.tell(trial.number, state=TrialState.FAIL)
 
     @property
     def timed_out(self) -> bool:
@@ -351,12 +417,10 @@ class Study:
         """Ask, run and tell until ``total`` trials (default: the settings'), time or candidates
         are used up, or Ctrl-C.
 
-        Returns why it ended: ``trials``, ``timeout``, ``exhausted``, ``patience`` or
+        Returns why it ended: ``trials``, ``timeout``, ``exhausted``, ``patience``,
+        ``failing`` (most trials do), ``full`` (the disk; ``full`` says what it refused) or
         ``interrupted``.
         """
-        from optuna.exceptions import StorageInternalError
-        from optuna.trial import TrialState
-
         settings = self.settings
         total = settings.trials if total is None else total
         if self.end is None and settings.timeout is not None:
@@ -387,17 +451,56 @@ class Study:
                 if not running:
                     return reason
                 result = executor.wait()
-                self._record(running.pop(result.trial), result)
+                self._record(running[result.trial], result)
+                del running[result.trial]
                 for callback in callbacks:
                     callback.trial(result)
+                    callback.pace(executor.workers, executor.retries)
+                if self.failing:
+                    reason = "failing"
+                if self.full is not None:
+                    return "full"
         except KeyboardInterrupt:
             return "interrupted"
-        except (OSError, StorageInternalError) as error:  # an executor's are results
+        except Exception as error:  # an executor's are results
+            if not _is_of_storage(error):
+                raise
+            if self._make_room(error):
+                return "full"
             raise RunError(_cannot_write(settings.folder, error)) from None
         finally:
-            with contextlib.suppress(OSError, StorageInternalError):  # the next --resume does it
-                for number in running:
+            self._leave(running)
+
+    @property
+    def failing(self) -> bool:
+        """Whether more than half of the last twenty trials of this session failed."""
+        last = self.results[self.new :][-20:]
+        return len(last) >= 10 and sum(r.status == "failed" for r in last) * 2 > len(last)
+
+    def _leave(self, running: Mapping[int, optuna.trial.Trial]) -> None:
+        """Queue again what is given up while it runs; where that fails, `_recover` does it."""
+        from optuna.trial import TrialState
+
+        recorded = {r.trial for r in self.results[self.new :]}
+        try:
+            for number, trial in running.items():
+                if number not in recorded:
+                    self.study.enqueue_trial(dict(trial.params), user_attrs=trial.user_attrs)
                     self.study.tell(number, state=TrialState.FAIL)
+            self.sync()
+        except Exception as error:
+            if not _is_of_storage(error):
+                raise
+
+    def _make_room(self, error: Exception) -> bool:
+        """Whether the disk is full and the run's reserve could be given up for what matters."""
+        if getattr(error, "errno", None) not in _FULL:
+            return False
+        self.full = _cannot_write(self.settings.folder, error)
+        reserve = self.settings.folder / RESERVE
+        found = reserve.is_file()
+        reserve.unlink(missing_ok=True)
+        return found
 
     def _proposals(
         self, running: Mapping[int, optuna.trial.Trial]
@@ -520,36 +623,68 @@ class Study:
         return {"accuracy": result.score.value, "samples": result.score.samples}
 
     def _write(self, result: TrialResult) -> None:
-        """Add a finished trial's line to trials.jsonl, synced to disk."""
+        """Add a finished trial's line to trials.jsonl, synced to disk, after its traceback."""
         line = json.dumps(result.to_dict(), separators=(",", ":"), allow_nan=True) + "\n"
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
+            try:
+                self._write_files(result, line)
+            except OSError as error:
+                if not self._make_room(error):
+                    raise
+                self._write_files(result, line)
         except OSError as error:
             raise RunError(_cannot_write(self.path, error)) from None
-        self.results.append(result)
-        before = [r.trial for r in self.leading]
+        self.results.append(replace(result, traceback=None))
+        if _is_pick(result):
+            self.picks.append(result)
+        before = {r.trial: len(self.results) - 1 for r in self.leading}
         if result.status == "complete":
             self.leading = self._nondominated([*self.leading, result])
-        self.still = 0 if [r.trial for r in self.leading] != before else self.still + 1
+        now = {r.trial for r in self.leading}
+        self.still = self.still + 1 if now == set(before) else 0
+        if result.trial not in now:
+            self._forget_evidence([len(self.results) - 1])
+        for trial in set(before) - now:  # dominated from now on
+            path = self.settings.folder / "artifacts" / f"{trial}.onnx"
+            path.unlink(missing_ok=True)
+
+    def _write_files(self, result: TrialResult, line: str) -> None:
+        if result.traceback is not None:
+            folder = self.settings.folder / "errors"
+            folder.mkdir(exist_ok=True)
+            (folder / f"{result.trial}.txt").write_text(result.traceback, encoding="utf-8")
+        append(self.path, line, sync=True)
 
     def _record(self, trial: optuna.trial.Trial, result: TrialResult) -> None:
-        """First the line, synced, then Optuna."""
+        """First the line, synced, then Optuna, synced."""
         from optuna.trial import TrialState
 
         self._write(result)
         values = self._values(result)
         if result.predicted is None or values is None:
             self.study.tell(trial, state=TrialState.FAIL)
-            return
+        else:
+            self._tell(trial, result, values)
+        self.sync()
+
+    def _tell(self, trial: optuna.trial.Trial, result: TrialResult, values: list[float]) -> None:
+        assert result.predicted is not None
         for name, value in self._attributes(result).items():
             trial.set_user_attr(name, value)
         drop = result.score.drop if result.score is not None else None
         for name, value in self.context.limits.excess(result.predicted, drop).items():
             trial.set_constraint(name, value)
         self.study.tell(trial, values)
+
+
+def _is_pick(result: TrialResult) -> bool:
+    return result.status == "complete" and result.second is not None
+
+
+def _is_of_storage(error: Exception) -> bool:
+    from optuna.exceptions import StorageInternalError
+
+    return isinstance(error, (OSError, StorageInternalError))
 
 
 def _value(result: TrialResult) -> float:
@@ -566,8 +701,8 @@ def _judged(result: TrialResult, limits: Limits) -> TrialResult:
     return result if result.score is None else replace(result, status="complete")
 
 
-def read_trials(path: Path) -> list[TrialResult]:
-    """Finished trials of a run; a half-written last line is left out and cut off.
+def read_trials(path: Path, say: Say = silent, *, repair: bool = True) -> list[TrialResult]:
+    """Finished trials of a run; a half-written last line is left out, and cut off to ``repair``.
 
     Raises RunError for a line in the middle that does not parse.
     """
@@ -581,33 +716,20 @@ def read_trials(path: Path) -> list[TrialResult]:
             good += len(line)
         except (ValueError, KeyError, TypeError, CandidateError) as error:
             if number == len(lines):
-                os.truncate(path, good)
+                if repair:
+                    os.truncate(path, good)
+                    say(f"{path.name}: half a last line was cut off; its trial runs again")
                 break
             raise RunError(f"{path}:{number}: not a trial: {type(error).__name__}") from None
     else:
-        if lines and not lines[-1].endswith(b"\n"):  # the next one needs a line of its own
-            with path.open("ab") as file:
-                file.write(b"\n")
+        if repair and lines and not lines[-1].endswith(b"\n"):  # the next needs its own line
+            append(path, "\n", sync=True)
     return results
 
 
 def _cannot_write(path: Path, error: Exception) -> str:
     reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
     return f"{path}: cannot be written: {reason}"
-
-
-def _storage(settings: StudySettings) -> Any:
-    import optuna
-    from optuna.storages.journal import JournalFileBackend
-
-    if settings.storage is None:
-        path = str(settings.folder / "study.journal")
-        return optuna.storages.JournalStorage(JournalFileBackend(path))
-    try:
-        return optuna.storages.get_storage(settings.storage)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise RunError(f"--storage {settings.storage}: {reason}") from None
 
 
 def check_sampler(name: str | BaseSampler) -> None:

@@ -122,6 +122,7 @@ class Context:
     can be chosen beside the layers' bits, by dimension (`autoquant.search.dimensions`).
     ``variants``: the networks of other structures. ``rounds_by_moments``: weights are rounded
     against the second moments of their layers' inputs.
+    ``gpus``: what a trial asks Ray for.
     """
 
     original: Graph
@@ -143,6 +144,7 @@ class Context:
     options: Options = field(default_factory=dict)
     variants: Variants | None = None
     rounds_by_moments: bool = True
+    gpus: float = 0.0
 
     def second(self, session: Session) -> float:
         """The divergence of an artifact's outputs on the second set of inputs, the probe."""
@@ -224,13 +226,15 @@ def prepare(
     seed: int = 0,
     cache: Path | None = None,
     say: Say = silent,
+    alone: Callable[..., Any] | None = None,
 ) -> Context:
     """Lower, calibrate, build the bank, score the float network and measure the device.
 
     ``space`` may be one candidate: then only what it needs is made.
     ``evaluation_workers``: batches evaluated at a time, 0 for one a core. ``latency=False``
     leaves latencies unpredicted. ``cache``: a run folder that keeps the weight bank; banks in
-    the folders beside it are used too. ``say`` hears what is happening. Raises UserError.
+    the folders beside it are used too. ``say`` hears what is happening. ``alone`` calls what times
+    kernels where nothing else runs; None for here. Raises UserError.
     """
     device = load_hardware(hardware)
     found_space = None if isinstance(space, Candidate) else load_space(space)
@@ -278,7 +282,9 @@ def prepare(
         predictor = from_profile(device.model, batch, threads)
     elif latency:
         say("timing the kernels of this machine")
-        table = _device_model(task, graph, calibration, bank, device, choices, batch, threads)
+        table = _device_model(
+            task, graph, calibration, bank, device, choices, batch, threads, alone
+        )
         say(f"latency model: {table.error:.1%} mean error on held-out mixes")
         predictor = table
     cost = CostModel(graph, device.dialect, predictor, bank)
@@ -314,6 +320,7 @@ def prepare(
         probe=probe,
         inputs=calibration_split.batches,
         expected=_probed(session, probe, evaluator),
+        gpus=task.gpus,
     )
 
 
@@ -493,9 +500,12 @@ def _device_model(
     choices: Mapping[str, Sequence[LayerChoice]],
     batch: int,
     threads: int,
+    alone: Callable[..., Any] | None,
 ) -> TableModel:
     modes = {mode(graph.by_name[name], c) for name, found in choices.items() for c in found}
-    return measure_device(
+    call = alone or (lambda function, *args, **options: function(*args, **options))
+    found: TableModel = call(
+        measure_device,
         graph,
         calibration,
         bank,
@@ -505,6 +515,7 @@ def _device_model(
         threads=threads,
         products=any(not graph.by_name[name].weight for name in choices),
     )
+    return found
 
 
 def run_trial(
@@ -565,7 +576,12 @@ def run_trial(
         last = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{os.path.basename(last.filename)}:{last.lineno}"  # noqa: PTH119
         reason = " ".join(str(error).split())[:300]
-        return replace(result, status="failed", error=f"{type(error).__name__}: {reason} ({where})")
+        return replace(
+            result,
+            status="failed",
+            error=f"{type(error).__name__}: {reason} ({where})",
+            traceback=traceback.format_exc(),
+        )
 
 
 @dataclass(frozen=True, slots=True)
