@@ -97,10 +97,16 @@ def settings(folder: Path, **changes: Any) -> StudySettings:
     return StudySettings(**{**fields, **changes})
 
 
-def open_study(context: Context, folder: Path, resume: bool = False, **changes: Any) -> Study:
+def open_study(
+    context: Context,
+    folder: Path,
+    resume: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+    **changes: Any,
+) -> Study:
     """A study that starts with the uniform candidates, as a search's does."""
     first = lambda: [("uniform", c) for c in uniform_candidates(context.choices)]  # noqa: E731
-    return Study(context, settings(folder, **changes), resume, first)
+    return Study(context, settings(folder, **changes), resume, first, say=say)
 
 
 def keys(results: Sequence[TrialResult]) -> list[str]:

@@ -291,6 +291,7 @@ def _searched(
     except BaseException:
         run.discard()
         raise
+    stack.callback(study.close)
     _save_inputs(context, run.folder / "inputs.npz")
     if isinstance(context.cost.latency, TableModel):
         write_json(run.latency, to_profile(context.cost.latency).model_dump(mode="json"))

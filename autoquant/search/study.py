@@ -394,7 +394,7 @@ class Study:
 
         params = trial.system_attrs.get("fixed_params", trial.params)
         deaths = trial.user_attrs.get("deaths", 0) + 1
-        if set(params) == set(self.free):
+        if set(params) == set(self.free) and self._built(params).key not in self.seen:
             if deaths < DEATHS:
                 attributes = {**trial.user_attrs, "deaths": deaths}
                 self.study.enqueue_trial(dict(params), user_attrs=attributes)
@@ -405,6 +405,14 @@ class Study:
                 self._write(replace(found, seed=self.settings.seed, seconds={}))
                 self.seen[found.candidate.key] = trial.number
         self.study.tell(trial.number, state=TrialState.FAIL)
+
+    def close(self) -> None:
+        """Give up connections to a database."""
+        self.storage.remove_session()
+        backend = getattr(self.storage, "_backend", None)
+        engine = getattr(backend, "engine", None)
+        if engine is not None:
+            engine.dispose()
 
     @property
     def timed_out(self) -> bool:
