@@ -7,7 +7,7 @@ inputs to an output.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -219,6 +219,10 @@ class Calibration:
     def without_moments(self) -> Calibration:
         """The same without second moments, which only the weight bank needs."""
         return replace(self, moments={})
+
+    def with_ranges(self, ranges: Mapping[tuple[str, int], tuple[float, float]]) -> Calibration:
+        """The same with other ranges of some tensors at some bits."""
+        return replace(self, _ranges={**self._ranges, **ranges})
 
     def range(self, tensor: str, bits: int) -> tuple[float, float]:
         """The calibrated range of an activation tensor; contains zero. Kept once found."""

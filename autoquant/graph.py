@@ -148,6 +148,16 @@ class Graph:
             self._arrays[name] = array
         return self._arrays[name]
 
+    def with_arrays(self, arrays: Mapping[str, Array]) -> Graph:
+        """The same graph with other values in some initializers, of the same shapes."""
+        model = onnx.ModelProto()
+        model.CopyFrom(self.model)
+        for proto in model.graph.initializer:
+            if proto.name in arrays:
+                value = np.asarray(arrays[proto.name], np.float32, order="C")
+                proto.CopyFrom(numpy_helper.from_array(value, proto.name))
+        return Graph(model, self.layers, self.tensors)
+
     @property
     def macs(self) -> int:
         """Multiply-accumulates for one sample."""

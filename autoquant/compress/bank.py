@@ -250,6 +250,13 @@ def _weighted_error(weight: Array, rounded: Array, moments: Moments | None) -> f
     return float(sum(((part @ second) * part).sum() for part in parts) / unit / gap.size)
 
 
+def own_bias(graph: Graph, layer: Layer) -> Array:
+    """The layer's bias in float32; zeros where it has none."""
+    if layer.bias is None:
+        return np.zeros(layer.channels, np.float32)
+    return graph.array(layer.bias).reshape(-1)
+
+
 class Bank:
     """Quantized weights by layer and choice: built ahead or on demand, kept for good.
 

@@ -84,7 +84,7 @@ class Unsupported(Exception):
     """An operator that the torch form of a block does not know."""
 
 
-Quantize = Callable[[str, Any, "Layer | None"], Any]
+Quantize = Callable[[str, Any, int], Any]
 
 
 def run_block(
@@ -99,8 +99,8 @@ def run_block(
     """The block's target as a torch tensor that gradients pass through.
 
     ``feeds``: its source and graph inputs. ``weights``, ``biases``: by layer, in place of the
-    graph's. ``quantize(tensor, value, layer)``: what a node reads for a value (``layer`` None
-    where the reader is none). ``kept``: tensors whose values it is given. Raises Unsupported.
+    graph's. ``quantize(tensor, value, node)``: what a node, by its index, reads for a
+    value. ``kept``: tensors whose values it is given. Raises Unsupported.
     """
     import torch
 
@@ -121,8 +121,7 @@ def run_block(
         if quantize is not None:
             for i, name in enumerate(node.input):
                 if name in graph.tensors and name not in graph.initializers:
-                    reader = layer if layer is not None and name in layer.inputs else None
-                    inputs[i] = quantize(name, inputs[i], reader)
+                    inputs[i] = quantize(name, inputs[i], index)
         if layer is not None and layer.kind != "Gather":
             inputs[1] = weights.get(layer.name, inputs[1])
             if layer.name in biases and layer.kind != "MatMul":

@@ -30,12 +30,13 @@ from autoquant.compress.bank import (
     Bank,
     QuantizedWeight,
     broadcast_scale,
+    own_bias,
     storable_scale,
     take_spread_and_mean,
     takes_bias,
 )
 from autoquant.compress.blocks import Block, Unsupported, run_block, split
-from autoquant.compress.qdq import Grid, Plan, assemble, plan, tensor_grid
+from autoquant.compress.qdq import Grid, Plan, assemble, plan, tensor_grid, widths_read
 from autoquant.compress.rounding import ROUNDINGS, integer_range
 from autoquant.graph import Graph, Layer, prefix
 from autoquant.runtime import OnnxRuntime, run_batches
@@ -285,7 +286,7 @@ class _Grids:
         candidate: Candidate,
         dialect: str,
     ) -> None:
-        self.plan, self.candidate = planned, candidate
+        self.graph, self.plan, self.candidate = graph, planned, candidate
 
         @cache
         def grid(tensor: str, bits: int) -> Grid:
@@ -293,33 +294,19 @@ class _Grids:
 
         self.grid = grid
 
-    def __call__(self, tensor: str, value: Any, reader: Layer | None) -> Any:
-        """What a node reads for a tensor: the value on its grid, where it has one."""
-        bits = 8 if tensor in self.plan.roots else 32
-        if reader is not None:
-            choice = self.candidate.choice(reader.name)
-            if choice.activation_bits < 8:
-                bits = choice.activation_bits
-            elif choice.dynamic or choice.activation_bits > 8:
-                bits = 32
-        if bits == 32:
-            return value
-        found = self.grid(tensor, bits)
-        low, high = found.real_range
-        clipped = value.clamp(low, high)
-        return _straight((clipped / found.scale).round() * found.scale, clipped)
+    def __call__(self, tensor: str, value: Any, node: int) -> Any:
+        """What a node reads for a tensor: the value on its grids, where it has any."""
+        for bits in widths_read(self.graph, self.plan, self.candidate, node, tensor):
+            found = self.grid(tensor, bits)
+            low, high = found.real_range
+            clipped = value.clamp(low, high)
+            value = _straight((clipped / found.scale).round() * found.scale, clipped)
+        return value
 
 
 def _straight(rounded: Any, value: Any) -> Any:
     """``rounded`` forward, the gradient of ``value`` backward."""
     return value + (rounded - value).detach()
-
-
-def _own_bias(graph: Graph, layer: Layer) -> Array:
-    """The layer's bias in float32; zeros where it has none."""
-    if layer.bias is None:
-        return np.zeros(layer.channels, np.float32)
-    return graph.array(layer.bias).reshape(-1)
 
 
 class _Tuned:
@@ -338,7 +325,7 @@ class _Tuned:
         self.scale = torch.from_numpy(np.array(scale)).requires_grad_()
         self.bias = None
         if entry.shift is not None:
-            self.own = _own_bias(graph, layer)
+            self.own = own_bias(graph, layer)
             self.bias = torch.from_numpy(self.own + entry.shift).requires_grad_()
 
     def weight(self) -> Any:
@@ -384,7 +371,7 @@ class _Tuning:
                 entry = bank.get(layer, chosen[layer.name])
                 self.weights[layer.name] = torch.from_numpy(entry.dequantized())
                 if entry.shift is not None:
-                    bias = _own_bias(graph, layer) + entry.shift
+                    bias = own_bias(graph, layer) + entry.shift
                     self.biases[layer.name] = torch.from_numpy(bias)
         reads = {n for i in block.nodes for n in graph.nodes[i].input} & set(feeds[0])
         rows = [{n: torch.from_numpy(feed[n]) for n in reads} for feed in feeds]

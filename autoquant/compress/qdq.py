@@ -330,6 +330,25 @@ def tensor_grid(
     return _within(result, bounds, symmetric) if bounds else result
 
 
+def widths_read(
+    graph: Graph, found: Plan, candidate: Candidate, node: int, tensor: str
+) -> tuple[int, ...]:
+    """The widths of the grids that a node reads a tensor through, in order; empty for float.
+
+    Where a kernel makes the tensor in 8 bits, a narrower grid comes after that one.
+    """
+    at_source = tensor in found.roots and found.quantized_at_source(graph, tensor)
+    kernel = (8,) if at_source else ()
+    layer = graph.by_node.get(node)
+    if layer is not None and tensor in layer.inputs:
+        choice = candidate.choice(layer.name)
+        if choice.activation_bits == 8 and not choice.dynamic:
+            return (8,)
+        if choice.activation_bits < 32 and not choice.dynamic:
+            return (*kernel, choice.activation_bits)
+    return (8,) if tensor in found.roots and node in found.int8_nodes else kernel
+
+
 def _float32(value: float) -> float:
     return float(np.float32(max(value, 1e-12)))
 

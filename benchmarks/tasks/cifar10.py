@@ -5,7 +5,7 @@ Validation is ``test[:2000]``, test is ``test[2000:]``; 512 training images cali
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -57,8 +57,35 @@ def _task(name: str, model: torch.nn.Module, prepare: Callable[[Array], Array], 
         ),
         validation=batches(test, test_labels, np.arange(VALIDATION)),
         test=batches(test, test_labels, np.arange(VALIDATION, len(test))),
-        train=batches(train, train_labels, np.arange(len(train))),
+        train=Augmented(prepare, train, train_labels, seed),
     )
+
+
+class Augmented(Batches):
+    """Training batches; those of an `epoch` are shuffled, moved by up to 4 pixels (what comes in
+    is black) and mirrored half of the time, by seed and number."""
+
+    def __init__(
+        self, prepare: Callable[[Array], Array], images: Array, labels: Array, seed: int
+    ) -> None:
+        def make(part: Array) -> tuple[Array, Array]:
+            return prepare(images[part]), labels[part]
+
+        super().__init__(make, np.arange(len(images)), BATCH)
+        self.prepare, self.images, self.labels, self.seed = prepare, images, labels, seed
+
+    def epoch(self, number: int) -> Iterator[tuple[Array, Array]]:
+        generator = np.random.default_rng((self.seed, number))
+        rows = generator.permutation(self.rows)
+        padded = np.pad(self.images, ((0, 0), (4, 4), (4, 4), (0, 0)))
+        views = np.lib.stride_tricks.sliding_window_view(padded, (32, 32), (1, 2))
+        for start in range(0, len(rows), self.size):
+            part = rows[start : start + self.size]
+            down, right = generator.integers(0, 9, (2, len(part)))
+            moved = views[part, down, right].transpose(0, 2, 3, 1)
+            mirror = generator.random(len(part)) < 0.5
+            moved = np.where(mirror[:, None, None, None], moved[:, :, ::-1], moved)
+            yield self.prepare(np.ascontiguousarray(moved)), self.labels[part]
 
 
 def _images(split: str) -> tuple[Array, Array]:
