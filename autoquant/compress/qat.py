@@ -143,7 +143,7 @@ class Quantized(GraphNetwork):
     def __call__(self, inputs: tuple[Any, ...], taps: Sequence[str]) -> tuple[Any, dict[str, Any]]:
         """See `Network`."""
         weights = {**self.fixed, **{n: t.weight() for n, t in self.tuned.items()}}
-        tuned = {n: t.bias() for n, t in self.tuned.items() if t.has_bias}
+        tuned = {n: self._bias(n, t) for n, t in self.tuned.items() if t.has_bias}
         try:
             output, kept = self.run(inputs, taps, weights, {**self.shifts, **tuned}, self._read)
             target = self.graph.outputs[0]
@@ -152,6 +152,17 @@ class Quantized(GraphNetwork):
         finally:
             self.read = {}
         return output, kept
+
+    def _bias(self, name: str, tuned: _Weight) -> Any:
+        """A layer's bias; in int32 where its kernel has that, on the scale input × weight, which
+        is coarse at few bits."""
+        layer, bias = self.graph.by_name[name], tuned.bias()
+        is_whole = layer.kind != "MatMul" and self.dialect != TENSORRT
+        if not is_whole or self.plan.modes[name] != "int8" or tuned.entry is None:
+            return bias
+        grid = self._grid(layer.input, self.candidate.choice(name).activation_bits)
+        scale = (tuned.steps() * grid.real_scale()).reshape(-1)
+        return bias + ((bias / scale).round() * scale - bias).detach()
 
     def groups(self) -> list[dict[str, Any]]:
         """Weights, which decay; biases; step sizes."""
@@ -244,9 +255,13 @@ class _Activation:
         self.low, self.high = grid.low - grid.zero_point, grid.high - grid.zero_point
         self.step = torch.ones(()).requires_grad_(is_free)
 
+    def real_scale(self) -> float:
+        """Its step in real values."""
+        return self.scale * max(float(self.step.detach()), _LEAST)
+
     def range(self) -> tuple[float, float]:
         """The real values of its ends."""
-        scale = self.scale * max(float(self.step.detach()), _LEAST)
+        scale = self.real_scale()
         return self.low * scale, self.high * scale
 
     def __call__(self, value: Any) -> Any:
@@ -305,6 +320,11 @@ class _Weight:
         codes = (value / scale).clamp(self.low, self.high)
         return (codes + (codes.round() - codes).detach()) * scale
 
+    def steps(self) -> Any:
+        """The scales of its codes, in the weight's rank."""
+        assert self.step is not None
+        return self.scale * self.step.detach().clamp_min(_LEAST)
+
     def bias(self) -> Any:
         """The bias that it adds."""
         return self.shift * self.output_unit
@@ -317,7 +337,7 @@ class _Weight:
     def quantized(self) -> QuantizedWeight:
         """What is stored."""
         assert self.entry is not None and self.step is not None
-        scale = self.scale * self.step.detach().clamp_min(_LEAST)
+        scale = self.steps()
         codes = (self.values.detach() * self.unit / scale).clamp(self.low, self.high).round()
         shift = self.bias().detach().numpy() - self.own if self.has_bias else None
         return replace(
