@@ -122,7 +122,9 @@ def run_block(
             for i, name in enumerate(node.input):
                 if name in graph.tensors and name not in graph.initializers:
                     inputs[i] = quantize(name, inputs[i], index)
-        if layer is not None and layer.kind != "Gather":
+        if layer is not None and layer.kind == "Gather":
+            inputs[0] = weights.get(layer.name, inputs[0])
+        elif layer is not None:
             inputs[1] = weights.get(layer.name, inputs[1])
             if layer.name in biases and layer.kind != "MatMul":
                 inputs[2:] = [biases[layer.name]]

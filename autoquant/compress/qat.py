@@ -82,7 +82,7 @@ class Quantized(GraphNetwork):
         if is_free and (entry is None or not entry.block):
             unit = _rms(self.calibration, layer.output)
             self.tuned[layer.name] = _Weight(self.graph, layer, entry, unit)
-        elif entry is not None and layer.kind != "Gather":
+        elif entry is not None:
             self.fixed[layer.name] = torch.from_numpy(np.array(entry.dequantized()))
             if entry.shift is not None:
                 bias = own_bias(self.graph, layer) + entry.shift

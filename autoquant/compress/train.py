@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 THREADS = 1
 AVERAGE = 0.99  # of the running average that teaches a network itself, a step
-_WORSE = 1e4  # times the first loss: that far up, training has diverged
+_WORSE = 100  # times the first loss, or 1 where that was less: that far up, it has diverged
 _CHECKED = 20  # steps between looks at the loss
 
 Say = Callable[[str], None]
@@ -391,7 +391,7 @@ class _Loop:
             if step % _CHECKED == 0 or step == self.steps - 1:
                 value = float(loss.detach())
                 start = value if start is None else start
-                if not math.isfinite(value) or value > _WORSE * (abs(start) + 1e-3):
+                if not math.isfinite(value) or value > _WORSE * max(abs(start), 1.0):
                     raise CandidateError(
                         f"training: the loss is {value:.3g} at step {step}, it began with "
                         f"{start:.3g}; lower learning_rate ({settings.learning_rate:g})"
