@@ -16,11 +16,11 @@ from test_prune import evidence
 
 from autoquant.candidate import FLOAT, Candidate, LayerChoice
 from autoquant.compress.structure import drop, droppable, structured, to_dict
-from autoquant.errors import CandidateError, SpaceError
+from autoquant.errors import CandidateError, SpaceError, TaskError
 from autoquant.graph import Graph
 from autoquant.search import SearchSettings, search
 from autoquant.search.trial import Context, prepare, run_trial
-from autoquant.space import Space
+from autoquant.space import Space, TrainingRanges
 from autoquant.task import Array, Task
 
 INT8 = LayerChoice(8, 8)
@@ -288,3 +288,48 @@ def test_a_search_over_structures_verifies_its_front(tmp_path: Path) -> None:
     assert any(m.candidate.is_structural for m in front.members)
     assert all(m.verified is not None for m in front.members)
     assert FLOAT not in front.members[-1].candidate.layers.values()
+
+
+# --- training ---------------------------------------------------------------------------------
+
+TRAINING = {"steps": 12, "learning_rate": 0.003, "batch_size": 16}
+
+
+def trained_context(folder: Path, **changes: Any) -> Context:
+    space = SPACE.model_copy(
+        update={"training": TrainingRanges(steps=(0, 12), learning_rate=(0.003,))}
+    )
+    fields = {"train": task(folder).validation, **changes}
+    return prepare(task(folder, **fields), space=space, latency=False, evaluation_workers=1)
+
+
+def test_a_structure_is_trained_in_its_trial(tmp_path: Path) -> None:
+    """On what scores it, for once: training then has to bring the score up."""
+    found = trained_context(tmp_path)
+    assert found.options["train:steps"] == (0, 12)
+    layers = dict.fromkeys(found.choices, INT8)
+    plain = run_trial(found, Candidate(layers, **ALL), 0)
+    candidate = Candidate(layers, training=TRAINING, **ALL)
+    trained = run_trial(found, candidate, 1)
+    assert trained.status == "complete", trained.error
+    assert trained.candidate.key == candidate.key and trained.sha256 != plain.sha256
+    assert trained.score is not None and plain.score is not None
+    assert trained.score.divergence is not None and plain.score.divergence is not None
+    assert trained.score.divergence < plain.score.divergence
+    assert trained.predicted is not None
+    assert trained.predicted.size_bytes == pytest.approx(trained.measured["size_bytes"], rel=0.01)
+    elsewhere = pickle.loads(pickle.dumps(found))  # as a worker or a verification makes it again
+    assert elsewhere.compress(candidate).sha256 == trained.sha256
+
+
+def test_training_that_cannot_be_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match=r"has no train data; give Task\(…, train=…\)"):
+        trained_context(tmp_path, train=None)
+    found = trained_context(tmp_path)
+    for settings, said in (
+        ({**TRAINING, "learning_rate": 9.0, "optimizer": "sgd"}, "training: "),
+        ({**TRAINING, "hints": ["blocks.7.a"]}, "hint layer 'blocks.7.a' is not in the network"),
+        ({**TRAINING, "setps": 1}, "unknown setting 'setps'; did you mean 'steps'"),
+    ):
+        result = run_trial(found, Candidate(training=settings), 0)
+        assert result.status == "failed" and said in str(result.error)

@@ -56,7 +56,7 @@ class Structured:
                 found = common
             if found is not None:
                 layers[layer.name] = found
-        return Candidate(layers, polish=candidate.polish)
+        return Candidate(layers, polish=candidate.polish, training=candidate.training)
 
 
 def structured(

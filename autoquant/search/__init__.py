@@ -484,6 +484,7 @@ def _worth_polishing(
         if m.searched.value > floor
         and m.predicted.average_weight_bits <= 6
         and not m.candidate.polish
+        and not m.candidate.training
         and replace(m.candidate, polish=True).key not in seen
     ]
     found.sort(key=lambda m: m.predicted.size_bytes)

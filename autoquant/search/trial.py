@@ -27,7 +27,7 @@ from autoquant.cost import CostModel, DeviceModel
 from autoquant.cost.roofline import RooflineModel, kernel_of
 from autoquant.cost.static import block_scale_bytes
 from autoquant.cost.table import PRECISIONS, TableModel, from_profile, measure_device
-from autoquant.errors import AutoquantError, CandidateError, HardwareError
+from autoquant.errors import AutoquantError, CandidateError, HardwareError, TaskError
 from autoquant.evaluate import Evaluator, divergence, pad
 from autoquant.graph import PRODUCT, Graph, Layer
 from autoquant.hardware import Hardware, load_hardware
@@ -38,6 +38,7 @@ from autoquant.search.dimensions import Options, structural_options
 from autoquant.search.variant import Variant, Variants
 from autoquant.space import Rule, Space, load_space
 from autoquant.task import Array, Split, Task, to_numpy
+from autoquant.training import TrainingSettings
 
 Say = Callable[[str], None]
 
@@ -174,16 +175,24 @@ class Context:
         found = self.variant(candidate)
         return found.estimate.predict(resolve(found.graph, found.structured.choices(candidate)))
 
+    def built(self, candidate: Candidate) -> Variant:
+        """The variant that a candidate's artifact is made of: after its training, if any."""
+        found = self.variant(candidate)
+        if TrainingSettings.from_dict(candidate.training).is_off or self.variants is None:
+            return found
+        return self.variants.trained(found, candidate)
+
     def compress(self, candidate: Candidate) -> Artifact:
-        """The candidate's artifact, in this context's dialect, polished if it says so. Its
-        candidate is in the original's names."""
-        found, resolved = self.variant(candidate), self.resolve(candidate)
+        """The candidate's artifact, in this context's dialect, trained and polished if it says
+        so. Its candidate is in the original's names."""
+        resolved = self.resolve(candidate)
+        found = self.built(resolved)
         artifact = found.compress(found.structured.choices(candidate), resolved.key)
         return Artifact(resolved, artifact.model)
 
     def cost_of(self, artifact: Artifact) -> Cost:
         """What an artifact is predicted to cost: `predict`, with all that is known by now."""
-        found = self.variant(artifact.candidate)
+        found = self.built(artifact.candidate)
         choices = found.structured.choices(artifact.candidate)
         return found.cost.predict(resolve(found.graph, choices))
 
@@ -299,7 +308,13 @@ def prepare(
     if found_space is not None:
         options = {**structural_options(found_space, graph, device), **options}
     example = tuple(to_numpy(value)[:1] for value in task.example_inputs)
-    bare = replace(task, calibration=(), validation=(), test=None, train=None)
+    trains = any(n.startswith("train:") for n in options) or (
+        isinstance(space, Candidate) and not TrainingSettings.from_dict(space.training).is_off
+    )
+    if trains and task.train is None:
+        raise TaskError(f"task {task.name!r} has no train data; give Task(…, train=…)")
+    train = task.train if trains else None
+    bare = replace(task, calibration=(), validation=(), test=None, train=train)
     return Context(
         original=original,
         tied=tied_groups(graph, settings, choices),

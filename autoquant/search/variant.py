@@ -24,7 +24,7 @@ from autoquant.compress.structure import Structured, structured
 from autoquant.cost import CostModel, DeviceModel
 from autoquant.cost.roofline import RooflineModel
 from autoquant.cost.table import TableModel, extended
-from autoquant.errors import CandidateError
+from autoquant.errors import CandidateError, TaskError
 from autoquant.graph import Graph
 from autoquant.task import Array, Split, Task
 
@@ -40,7 +40,7 @@ GRAPHS = 1024  # cost models of structures that it holds
 class Variant:
     """One float network under a context.
 
-    ``given``: calibration and bank, where they were made beforehand.
+    ``given``: calibration and bank, where they were made beforehand or by training.
     """
 
     context: Context
@@ -51,6 +51,11 @@ class Variant:
     def graph(self) -> Graph:
         """Its float graph."""
         return self.structured.graph
+
+    @property
+    def is_original(self) -> bool:
+        """Whether it is the context's own network, untrained."""
+        return self.given is not None and self.given[1] is self.context.bank
 
     @cached_property
     def calibration(self) -> Calibration:
@@ -91,14 +96,14 @@ class Variant:
     @cached_property
     def estimate(self) -> CostModel:
         """Costs before weights are rounded: files may come out some bytes larger."""
-        if self.given is not None:
+        if self.is_original:
             return self.context.cost
         return CostModel(self.graph, self.context.hardware.dialect, self.latency)
 
     @cached_property
     def cost(self) -> CostModel:
         """Costs as they will be; rounds the weights that it has to know of."""
-        if self.given is not None:
+        if self.is_original:
             return self.context.cost
         return CostModel(self.graph, self.context.hardware.dialect, self.latency, self.bank)
 
@@ -111,18 +116,39 @@ class Variant:
         if self.given is None:
             bank.build([(self.graph.by_name[n], c) for n, c in found.layers.items()], workers)
         if candidate.polish:
+            if candidate.training:
+                raise CandidateError("a trained candidate is not polished: it has learned more")
             bank = polish(
                 self.graph, found, self.calibration, bank, self.context.inputs, dialect, workers
             )
         return compress(self.graph, candidate, self.calibration, bank, dialect, key)
+
+    def trained(self, candidate: Candidate, task: Task) -> Variant:
+        """What training makes of a candidate in the names of this graph, taught by the float
+        network as it came where the settings say ``float``."""
+        from autoquant.compress.qat import train
+        from autoquant.compress.train import GraphNetwork
+
+        found = resolve(self.graph, candidate)
+        result = train(
+            self.graph,
+            found,
+            self.calibration,
+            self.bank,
+            self.context.hardware.dialect,
+            task,
+            teacher=GraphNetwork(self.context.graph),
+        )
+        structured = replace(self.structured, graph=result.graph)
+        return Variant(self.context, structured, (result.calibration, result.bank))
 
 
 @dataclass
 class Variants:
     """The variants of a context: structures by key, the latest kept; pickles without them.
 
-    ``evidence``: None where the context was prepared for no structure. ``task``: the task without
-    its data, for students.
+    ``evidence``: None where the context was prepared for no structure. ``task``: the task with no
+    data but what it trains on, and that only where training is offered.
     """
 
     evidence: Evidence | None
@@ -152,6 +178,22 @@ class Variants:
             while len(self.held) > KEPT:
                 self.held.popitem(last=False)
             return found
+
+    def trained(self, variant: Variant, candidate: Candidate) -> Variant:
+        """A variant after a candidate's training; the latest are kept."""
+        key = candidate.key
+        with self.lock:
+            found = self.held.get(key)
+        if found is None:
+            if self.task.train is None:
+                raise TaskError(f"task {self.task.name!r} has no train data; give Task(…, train=…)")
+            found = variant.trained(variant.structured.choices(candidate), self.task)
+        with self.lock:
+            self.held[key] = found
+            self.held.move_to_end(key)
+            while len(self.held) > KEPT:
+                self.held.popitem(last=False)
+        return found
 
     def _structured(self, graph: Graph, candidate: Candidate, key: str) -> Structured:
         found = self.graphs.get(key)
