@@ -1,12 +1,13 @@
 """Post-training accuracy at 2 to 8 average weight bits, without labels or training.
 
-    python benchmarks/low_bits.py [NETWORK …] [--seeds 3] [--first 0]  # about 45 minutes, two cores
+    python benchmarks/low_bits.py [NETWORK …] [--seeds 3] [--first 0] [--missing]    # 45 minutes
 
 For each network, width set and budget of average bits: the exact solution under the priors that
 a search starts from, its file scored in onnxruntime on the test split, for three draws of
 calibration data; and again after polishing where the budget is below 6 bits (not for MiniLM).
 512 calibration images or sentences, 256 for EfficientNet-Lite0; activations 8 bits where not said
-otherwise. A run of some networks or draws keeps the rows of the others. Needs AUTOQUANT_DATA.
+otherwise. A row is recorded as soon as it is measured, beside those that
+are there; with ``--missing`` only rows that are not there are measured. Needs AUTOQUANT_DATA.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from autoquant.search.trial import Context, evaluator_for, float_model, prepare
 from autoquant.space import Rule, Space
 
 sys.path.insert(0, str(Path(__file__).parent / "tasks"))
+Row = dict[str, Any]
 
 
 def rules(widths: list[int], activations: int = 8, ends: bool = False, embedding: int = 8):
@@ -86,15 +89,19 @@ def task(name: str, seed: int):
     return makers[name](seed=seed)
 
 
-def measure(name: str, seed: int) -> list[dict[str, object]]:
-    """Every case of one network with one draw of calibration data."""
+def measure(name: str, seed: int, known: Set[tuple[str, float]] = frozenset()) -> Iterator[Row]:
+    """Every case of one network with one draw of calibration data, but for the known ones,
+    (label, budget)."""
+    if all((label, bits) in known for label, _, _, budgets in CASES[name] for bits in budgets):
+        return
     found = task(name, seed)
     graph = lower(found)
     test = evaluator_for(found, graph, "test")
     baseline = test.set_reference(OnnxRuntime().open(float_model(graph))).value
     ready: dict[object, tuple[Context, Table, float]] = {}
-    rows = []
     for label, make, widths, budgets in CASES[name]:
+        if all((label, bits) in known for bits in budgets):
+            continue
         if make not in ready:
             start = time.perf_counter()
             space = make(graph.layers[0].name, graph.layers[-1].name)
@@ -119,6 +126,8 @@ def measure(name: str, seed: int) -> list[dict[str, object]]:
         for (bits, allowed), candidate in zip(
             budgets.items(), solve(choices, prior, cost, asked), strict=True
         ):
+            if (label, bits) in known:
+                continue
             artifact = context.compress(candidate)
             score = test.score(OnnxRuntime().open(artifact.model))
             polished, polishing = None, None
@@ -130,29 +139,27 @@ def measure(name: str, seed: int) -> list[dict[str, object]]:
             spent = sum(
                 artifact.candidate.choice(n).weight_bits * x.parameters for n, x in counted.items()
             )
-            rows.append(
-                {
-                    "network": name,
-                    "space": label,
-                    "budget_bits": bits,
-                    "average_bits": round(spent / weights, 3),
-                    "seed": seed,
-                    "float": baseline,
-                    "test": score.value,
-                    "drop_points": round(100 * score.drop, 3),
-                    "drop_standard_error_points": round(100 * score.drop_standard_error, 3),
-                    "polished_drop_points": polished,
-                    "polish_processor_seconds": polishing,
-                    "allowed_drop_points": allowed,
-                    "size_bytes": artifact.size_bytes,
-                    "prepare_seconds": round(seconds, 1),
-                }
-            )
-            print(json.dumps(rows[-1]), flush=True)
-    return rows
+            row = {
+                "network": name,
+                "space": label,
+                "budget_bits": bits,
+                "average_bits": round(spent / weights, 3),
+                "seed": seed,
+                "float": baseline,
+                "test": score.value,
+                "drop_points": round(100 * score.drop, 3),
+                "drop_standard_error_points": round(100 * score.drop_standard_error, 3),
+                "polished_drop_points": polished,
+                "polish_processor_seconds": polishing,
+                "allowed_drop_points": allowed,
+                "size_bytes": artifact.size_bytes,
+                "prepare_seconds": round(seconds, 1),
+            }
+            print(json.dumps(row), flush=True)
+            yield row
 
 
-def summarize(rows: list[dict[str, Any]]) -> list[dict[str, object]]:
+def summarize(rows: list[Row]) -> list[dict[str, object]]:
     """One line a case: means and spread over the seeds beside the bar."""
     summary: list[dict[str, object]] = []
     for key in dict.fromkeys((r["network"], r["space"], r["budget_bits"]) for r in rows):
@@ -174,7 +181,6 @@ def summarize(rows: list[dict[str, Any]]) -> list[dict[str, object]]:
                 "reached": bool(np.mean(drops) <= same[0]["allowed_drop_points"]),
             }
         )
-        print(json.dumps(summary[-1]))
     return summary
 
 
@@ -183,18 +189,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("networks", nargs="*", default=list(CASES))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--missing", action="store_true", help="keep the rows that are there")
     parser.add_argument("--first", type=int, default=0, help="the first draw to run")
     options = parser.parse_args()
     for name in options.networks:
         for seed in range(options.first, options.seeds):
-            fresh = measure(name, seed)
-            path = RESULTS / "low_bits.json"  # read again: another network may run beside this
-            known = json.loads(path.read_text())["rows"] if path.is_file() else []
-            same = {(name, seed)}
-            rows = [r for r in known if (r["network"], r["seed"]) not in same] + fresh
-            order = list(CASES)
-            rows.sort(key=lambda r: (order.index(r["network"]), r["space"], r["seed"]))
-            record("low_bits", {"summary": summarize(rows), "rows": rows})
+            same = [r for r in recorded() if (r["network"], r["seed"]) == (name, seed)]
+            known = {(r["space"], r["budget_bits"]) for r in same if options.missing}
+            for fresh in measure(name, seed, known):
+                rows = [r for r in recorded() if key_of(r) != key_of(fresh)] + [fresh]
+                order = list(CASES)
+                rows.sort(key=lambda r: (order.index(r["network"]), r["space"], r["seed"]))
+                record("low_bits", {"summary": summarize(rows), "rows": rows})
+    print("\n".join(map(json.dumps, summarize(recorded()))))
+
+
+def recorded() -> list[Row]:
+    """The rows of the record as it is now: another network may run beside this one."""
+    path = RESULTS / "low_bits.json"
+    return json.loads(path.read_text())["rows"] if path.is_file() else []
+
+
+def key_of(row: Row) -> tuple[Any, ...]:
+    """What a row measures."""
+    return tuple(row[name] for name in ("network", "space", "budget_bits", "seed"))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 
 import numpy as np
@@ -12,10 +13,12 @@ from autoquant.calibration import Calibration, calibrate
 from autoquant.candidate import ROUNDING_NAMES, Candidate
 from autoquant.compress import compress
 from autoquant.compress.bank import Bank
+from autoquant.compress.polish import polish
 from autoquant.errors import ModelError
 from autoquant.graph import Graph
 from autoquant.task import Array, Split
 
+_POLISH = sys.modules[polish.__module__]
 DATA = ("plain", "zero", "constant", "constant channel", "dead channel", "one sample", "outlier")
 WEIGHTS = ("outlier", "row of zeros", "all zero", "tiny", "dead relu")
 
@@ -111,6 +114,25 @@ def test_any_calibration_data_gives_a_finite_file(name: str, rounding: str) -> N
 def test_any_finite_weights_give_a_finite_file(change: str, rounding: str) -> None:
     errors = _check(_network(images(3, 6, 6), change), rounding)
     assert errors[8, 32] < (1.0 if change == "outlier" else 0.1)
+
+
+@pytest.mark.parametrize("tuned", (True, False))
+@pytest.mark.parametrize("name", DATA)
+def test_polishing_any_calibration_data_gives_a_finite_file(
+    name: str, tuned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_POLISH, "BATCH", 2)
+    monkeypatch.setattr(_POLISH, "STEPS", 20)
+    if not tuned:
+        monkeypatch.setattr(_POLISH, "WORK", 0.0)
+    net = _network(_data(name))
+    calibration = _calibrated(net)
+    bank = Bank(net.graph, "second-order", calibration)
+    candidate = net.resolved(net.uniform(2, 8))
+    polished = polish(net.graph, candidate, calibration, bank, [net.inputs], "onnxruntime")
+    assert polished.overrides
+    artifact = compress(net.graph, candidate, calibration, polished, "onnxruntime")
+    assert np.isfinite(net.run(_model(artifact.model))[0]).all()
 
 
 @pytest.mark.parametrize("rounding", ("second-order", "adaround"))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +16,12 @@ from autoquant.compress.bank import Bank
 from autoquant.compress.polish import polish
 from autoquant.compress.qdq import assemble, resolve
 from autoquant.compress.readback import read_bits
+from autoquant.runtime import OnnxRuntime
 from autoquant.search import SearchSettings, search
 from autoquant.search.trial import Context, prepare, run_trial
 from autoquant.space import Space
 
+_POLISH = sys.modules[polish.__module__]
 LOW = LayerChoice(2, 8)
 NARROW = Space.model_validate(
     {"name": "narrow", "rules": [{"weight_bits": [3, 4, 5, 6], "activation_bits": 8}]}
@@ -137,3 +140,33 @@ def test_layers_with_blocks_are_refitted_too() -> None:
     polished = net.bank.overlay()
     polished.overrides.update(found)
     assert error(polished) < error(net.bank)
+
+
+def test_a_network_too_large_to_be_tuned_comes_closer_to_float(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_POLISH, "WORK", 0.0)
+    assert error(context, low(context, True)) < error(context, low(context, False))
+
+
+def test_a_polished_artifact_is_never_farther_from_float_than_the_banks(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, polished = context.compress(low(context, False)), context.compress(low(context, True))
+
+    def second(model: bytes) -> float:
+        return context.second(OnnxRuntime().open(model))
+
+    assert second(polished.model) < second(plain.model)
+
+    def spoiled(graph, candidate, calibration, bank, *_):  # type: ignore[no-untyped-def]
+        found = bank.overlay()
+        for layer in graph.layers:
+            entry = bank.get(layer, candidate.choice(layer.name))
+            found.overrides[layer.name] = replace(entry, values=np.zeros_like(entry.values))
+        return found
+
+    monkeypatch.setattr(sys.modules["autoquant.search.variant"], "polish", spoiled)
+    guarded = context.compress(low(context, True))
+    assert second(guarded.model) == second(plain.model)
+    assert guarded.candidate.polish

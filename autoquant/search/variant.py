@@ -26,6 +26,7 @@ from autoquant.cost.roofline import RooflineModel
 from autoquant.cost.table import TableModel, extended
 from autoquant.errors import CandidateError, TaskError
 from autoquant.graph import Graph
+from autoquant.runtime import RUNTIMES
 from autoquant.task import Array, Split, Task
 
 if TYPE_CHECKING:
@@ -109,19 +110,25 @@ class Variant:
 
     def compress(self, candidate: Candidate, key: str) -> Artifact:
         """The artifact of a candidate in the names of this graph; ``key``: what the file says it
-        was made for."""
+        was made for. A polished one has the bank's weights where polishing did not bring it
+        closer to float on the second inputs."""
         dialect, workers = self.context.hardware.dialect, self.context.evaluator.workers
         found = resolve(self.graph, candidate)
         bank = self.bank
         if self.given is None:
             bank.build([(self.graph.by_name[n], c) for n, c in found.layers.items()], workers)
-        if candidate.polish:
-            if candidate.training:
-                raise CandidateError("a trained candidate is not polished: it has learned more")
-            bank = polish(
-                self.graph, found, self.calibration, bank, self.context.inputs, dialect, workers
-            )
-        return compress(self.graph, candidate, self.calibration, bank, dialect, key)
+        if candidate.polish and candidate.training:
+            raise CandidateError("a trained candidate is not polished: it has learned more")
+        plain = compress(self.graph, candidate, self.calibration, bank, dialect, key)
+        if not candidate.polish:
+            return plain
+        inputs = self.context.inputs
+        bank = polish(self.graph, found, self.calibration, bank, inputs, dialect, workers)
+        polished = compress(self.graph, candidate, self.calibration, bank, dialect, key)
+        runtime = RUNTIMES[self.context.hardware.runtime]()
+        return min(
+            (polished, plain), key=lambda made: self.context.second(runtime.open(made.model))
+        )
 
     def trained(self, candidate: Candidate, task: Task) -> Variant:
         """What training makes of a candidate in the names of this graph, taught by the float
