@@ -16,6 +16,7 @@ from autoquant.cost import CostModel, table
 from autoquant.cost.table import (
     PRECISIONS,
     TableModel,
+    extended,
     from_profile,
     measure_device,
     precision,
@@ -197,12 +198,66 @@ def test_weight_only_layers_run_in_float() -> None:
     assert stored.latency_ms == costs.predict(found.resolved(Candidate())).latency_ms == 5.0
 
 
-def test_the_fit_finds_the_coefficients_of_exact_times() -> None:
+NAMES = ("float", "int8", "to_int8", "constant")
+
+
+def _made(wanted: Array, rows: int = 24) -> tuple[Array, Array]:
     generator = np.random.default_rng(0)
-    matrix = generator.uniform(0.1, 2, (20, 4)) * np.array([1, 1, 1e-3, 1])
-    wanted = np.array([1.2, 0.8, 300.0, 0.05])
-    np.testing.assert_allclose(table._fit(matrix, matrix @ wanted), wanted, rtol=1e-6)
-    assert (table._fit(matrix, matrix @ np.array([1.0, -0.1, 0, 0])) >= 0).all()
+    matrix = generator.uniform(0.1, 2, (rows, 4)) * np.array([1, 1, 1, 0])
+    matrix[:, 3] = 1.0
+    return matrix, matrix @ wanted
+
+
+def test_the_fit_finds_the_coefficients_of_exact_times() -> None:
+    wanted = np.array([1.2, 0.8, 0.4, 0.05])
+    matrix, times = _made(wanted)
+    np.testing.assert_allclose(table._fit(matrix, times, NAMES) @ matrix.T, times, rtol=2e-3)
+    np.testing.assert_allclose(table._fit(matrix, times, NAMES), wanted, rtol=0.03, atol=0.01)
+    negative = table._fit(matrix, matrix @ np.array([1.0, -0.1, 0.1, 0.1]), NAMES)
+    assert (negative >= 0).all()
+
+
+def test_a_disturbed_mix_hardly_moves_the_fit() -> None:
+    matrix, times = _made(np.array([1.2, 0.8, 0.4, 0.05]))
+    disturbed = times.copy()
+    disturbed[3] *= 2
+    found = matrix @ table._fit(matrix, disturbed, NAMES)
+    np.testing.assert_allclose(np.delete(found, 3), np.delete(times, 3), rtol=0.03)
+
+
+def test_what_no_mix_tells_stays_as_it_usually_is() -> None:
+    matrix = np.array([[1.0, 0.0, 0.0, 1.0], [2.0, 0.0, 0.0, 1.0]])
+    found = table._fit(matrix, np.array([1.3, 2.5]), NAMES)
+    assert found[1] == pytest.approx(1.0) and found[2] == pytest.approx(0.3)
+
+
+def test_held_out_mixes_are_none_of_the_fit() -> None:
+    layers = [x for x in NETWORKS["residual"]().graph.layers if x.kind != "Gather"]
+    fitted = table._mixes(layers, ["int8"], 0)
+    assert len(fitted) == len(set(fitted)) > 8
+    assert fitted[0] == Candidate() and len(fitted[1].layers) == len(layers)
+    held = table._held_out(layers, ["int8"], 8, 1)
+    assert (
+        held == table._held_out(layers, ["int8"], 8, 1) != table._held_out(layers, ["int8"], 8, 2)
+    )
+
+
+def test_kernels_of_other_structures(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`timed` measures what is missing, once; `extended` scales the nearest kernel by MACs."""
+    known, other = NETWORKS["chain"](), NETWORKS["residual"]()
+    bare = TableModel({}, {"float": 1.0}, 0.0, 8, 1, 1)
+    model = bare.timed(known.graph)
+    assert len(model.kernel_ms) == 2 and all(t > 0 for t in model.kernel_ms.values())
+    full = model.timed(other.graph)
+    assert set(full.kernel_ms) > set(model.kernel_ms)
+    monkeypatch.setattr(table, "_kernel_time", None)
+    assert full.timed(other.graph) == bare.timed(known.graph).timed(other.graph) == full
+    layer = known.graph.layers[0]
+    key = signature(known.graph, layer, "float")
+    shapes = f"{list(layer.input_shape)} {list(layer.weight_shape)}"
+    wide = TableModel({key.replace(shapes, "[1, 16, 6, 6] [16, 16, 3, 3]"): 1.0}, {}, 0.0, 8, 1, 1)
+    found = extended(wide, known.graph, known.graph).kernel_ms[key]
+    assert found == pytest.approx(math.prod(layer.weight_shape) / (16 * 16 * 9))
 
 
 def test_a_layer_without_a_kernel_is_an_error_that_names_it() -> None:

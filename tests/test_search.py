@@ -168,6 +168,13 @@ def test_the_baseline_is_the_float_network(finished: tuple[Path, Front]) -> None
     assert (front.baseline["batch"], front.baseline["threads"]) == (1, 1)
 
 
+def test_uniform_int8_is_measured_beside_float(finished: tuple[Path, Front]) -> None:
+    _, front = finished
+    found = front.baseline["uniform_int8"]
+    assert found["latency_ms"] > 0 and found["rounds"] == front.baseline["rounds"]
+    assert found["predicted_latency_ms"] is None or found["predicted_latency_ms"] > 0
+
+
 def test_members_are_verified_on_the_test_split(finished: tuple[Path, Front]) -> None:
     _, front = finished
     for member in front.members:

@@ -81,20 +81,26 @@ class Plan:
 
     def boundaries(self, graph: Graph) -> tuple[int, int]:
         """Elements that a sample converts: (float → int8, int8 → float)."""
-        to_int8 = to_float = 0
+        to_int8, to_float = self.conversions(graph)
+        return sum(to_int8), sum(to_float)
+
+    def conversions(self, graph: Graph) -> tuple[list[int], list[int]]:
+        """Elements of every tensor that is converted: (float → int8, int8 → float)."""
+        to_int8: list[int] = []
+        to_float: list[int] = []
         for tensor in self.roots:
             elements = graph.tensors[tensor].elements
             if not self.quantized_at_source(graph, tensor):
-                to_int8 += elements
+                to_int8.append(elements)
             elif tensor in graph.outputs or any(
                 not self.reads_int8(graph, index) for index in graph.consumers.get(tensor, ())
             ):
-                to_float += elements
+                to_float.append(elements)
         for tensor, widths in self.narrow.items():
             elements = graph.tensors[tensor].elements
-            to_int8 += elements * len(widths)
+            to_int8 += [elements] * len(widths)
             if self.quantized_at_source(graph, tensor):
-                to_float += elements
+                to_float.append(elements)
         return to_int8, to_float
 
     def quantized_at_source(self, graph: Graph, tensor: str) -> bool:

@@ -1,8 +1,9 @@
-"""Latency from kernels measured in isolation and boundaries fitted on mixes of the network.
+"""Latency from kernels measured in isolation, and coefficients fitted on mixes of the network.
 
-``t = Σ a(precision)·kernel + b·(elements float → int8) + c·(elements int8 → float) + d``: the
-kernel times come from one-layer models, the coefficients (none negative) from a few measured
-mixes of the same network. The constant takes up all operators between the layers.
+``t = Σ a(precision)·kernel + conversions + operators between the layers + d``: kernel times come
+from one-layer models. Conversions count by direction, each and by element; operators between
+the layers by element, in int8 and in float. The coefficients (none negative) are fitted on
+measured mixes of the same network, and drawn to what is usual where those say nothing.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ import hashlib
 import json
 import math
 import os
+import re
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import onnx
@@ -25,7 +29,7 @@ from autoquant.calibration import Calibration, Histogram
 from autoquant.candidate import FLOAT, NBITS, Candidate, LayerChoice
 from autoquant.compress import compress
 from autoquant.compress.bank import Bank
-from autoquant.compress.qdq import INT8_KINDS, Plan, mode, nbits_mode, plan, resolve
+from autoquant.compress.qdq import Plan, mode, nbits_mode, plan, resolve
 from autoquant.errors import HardwareError
 from autoquant.graph import IR_VERSION, PRODUCT, Graph, Layer, attributes
 from autoquant.hardware import LatencyModel
@@ -49,7 +53,8 @@ _DENSE = ("Gemm", "MatMul")
 class TableModel:
     """Kernel times by layer signature and precision, and the coefficients around them.
 
-    ``error`` is the mean absolute relative error of leave-one-out predictions over ``mixes``.
+    ``error``: mean absolute relative error on measured mixes that the fit on ``mixes`` others
+    has not seen. ``seconds``: what measuring took, 0 where the model was read.
     """
 
     kernel_ms: Mapping[str, float]
@@ -58,6 +63,7 @@ class TableModel:
     mixes: int
     batch: int
     threads: int
+    seconds: float = field(default=0.0, compare=False)
 
     def latency_ms(self, graph: Graph, candidate: Candidate, plan: Plan) -> float:
         """Predicted milliseconds of a planned candidate. Raises HardwareError."""
@@ -75,7 +81,18 @@ class TableModel:
         name = precision(mode(layer, choice))
         if layer.kind == PRODUCT and signature(graph, layer, name) not in self.kernel_ms:
             return 0.0
-        return self.coefficients.get(name, 1.0) * self.kernel_ms[signature(graph, layer, name)]
+        coefficient = self.coefficients.get(_kernel_feature(layer, name), 1.0)
+        return coefficient * self.kernel_ms[signature(graph, layer, name)]
+
+    def timed(self, graph: Graph, precisions: Sequence[str] = ("float", "int8")) -> TableModel:
+        """The model with measured times for the kernels of another structure of its network.
+
+        Times only what is neither in the model nor in the cache on disk. Nothing else should
+        run meanwhile: a search calls it before its workers start.
+        """
+        layers = [x for x in graph.layers if x.kind != "Gather"]
+        found = _kernel_table(graph, layers, precisions, self.batch, self.threads, self.kernel_ms)
+        return replace(self, kernel_ms={**self.kernel_ms, **found})
 
 
 def from_profile(model: LatencyModel, batch: int, threads: int) -> TableModel:
@@ -108,43 +125,71 @@ def to_profile(model: TableModel) -> LatencyModel:
 def extended(model: TableModel, graph: Graph, known: Graph) -> TableModel:
     """The model with times for kernels that it has none of, of another structure of ``known``.
 
-    A narrower layer's is its own kernel's before, by the ratio of their MACs; that of a layer
-    that ``known`` does not have follows from the timed kernel of its kind nearest in MACs.
+    A kernel's time follows from the timed one of the same operator nearest in shape (else of
+    its kind, else of any convolution or product), by the ratio of their MACs.
+    `TableModel.timed` measures them instead.
     """
+    timed: dict[str, list[tuple[str, tuple[int, ...], float]]] = {name: [] for name in PRECISIONS}
+    for key, value in model.kernel_ms.items():
+        kind, shape, name = _parsed(key)
+        timed.setdefault(name, []).append((kind, shape, value))
     found: dict[str, float] = {}
     for layer in (*graph.layers, *graph.products):
         for name in PRECISIONS if layer.kind != "Gather" else ():
             key = signature(graph, layer, name)
             if key in model.kernel_ms or not _has(layer, name):
                 continue
-            timed = [
-                x
-                for x in (*known.layers, *known.products)
-                if x.kind == layer.kind
-                and (x.group > 1) == (layer.group > 1)
-                and signature(known, x, name) in model.kernel_ms
-            ] or [
-                x
-                for x in known.layers
-                if x.kind in INT8_KINDS and signature(known, x, name) in model.kernel_ms
-            ]
-            if timed:
-                near = next((x for x in timed if x.name == layer.name), None) or min(
-                    timed, key=lambda x: abs(math.log(max(x.macs, 1) / max(layer.macs, 1)))
-                )
-                ratio = layer.macs / max(near.macs, 1)
-                found[key] = model.kernel_ms[signature(known, near, name)] * ratio
+            kind, shape, _ = _parsed(key)
+            near = [x for x in timed[name] if x[0] == kind and len(x[1]) == len(shape)]
+            near = near or [x for x in timed[name] if len(x[1]) == len(shape)] or timed[name]
+            if near:
+                _, other, value = min(near, key=lambda x: _distance(shape, x[1]))
+                found[key] = value * math.prod(shape) / max(1, math.prod(other))
     return replace(model, kernel_ms={**model.kernel_ms, **found})
+
+
+def _parsed(key: str) -> tuple[str, tuple[int, ...], str]:
+    """Of a signature: operator with attributes; the factors of its MACs, input positions and
+    the weight's shape; precision."""
+    start, _, rest = key.partition(" [")
+    read, _, rest = rest.partition("] [")
+    weight, _, rest = rest.partition("] ")
+    about, _, name = rest.rpartition(" ")
+    inputs = [int(n) for n in read.split(", ") if n]
+    sizes = [int(n) for n in weight.split(", ") if n]
+    convolution = len(inputs) == len(sizes) > 2
+    positions = math.prod(inputs[2:] if convolution else inputs[:-1])
+    single = sizes[1:2] == [1] and convolution  # depthwise
+    kind = start.partition("+")[0]
+    return f"{kind} {single} {re.sub(_GROUP, '', about)}", (positions, *sizes), name
+
+
+_GROUP = re.compile(r'"group": \d+')
+
+
+def _distance(first: Sequence[int], second: Sequence[int]) -> float:
+    """Between two shapes of one rank: the sum of the factors between their sizes, in log."""
+    return sum(abs(math.log(max(a, 1) / max(b, 1))) for a, b in zip(first, second, strict=False))
 
 
 def signature(graph: Graph, layer: Layer, precision: str) -> str:
     """What a kernel's time depends on: operator, attributes, shapes, what is fused, precision."""
+    known = _SIGNATURES.setdefault(graph, {})
+    if layer.name not in known:
+        known[layer.name] = _signature(graph, layer)
+    return f"{known[layer.name]} {precision}"
+
+
+_SIGNATURES: WeakKeyDictionary[Graph, dict[str, str]] = WeakKeyDictionary()
+
+
+def _signature(graph: Graph, layer: Layer) -> str:
     node = graph.nodes[layer.node]
     found = {k: v for k, v in attributes(node).items() if k != "auto_pad"}
     after = "+".join(graph.nodes[i].op_type for i in layer.absorbed)
     return (
         f"{layer.kind}{'+' + after if after else ''} {list(layer.input_shape)} "
-        f"{list(layer.weight_shape)} {json.dumps(found, sort_keys=True, default=str)} {precision}"
+        f"{list(layer.weight_shape)} {json.dumps(found, sort_keys=True, default=str)}"
     )
 
 
@@ -153,12 +198,19 @@ def precision(mode: str) -> str:
     return mode if mode in PRECISIONS else "float"
 
 
+def _kernel_feature(layer: Layer, name: str) -> str:
+    """The coefficient of a layer's kernel: depthwise ones wait for memory more than others."""
+    alone = layer.kind == "Conv" and layer.group > 1 and layer.weight_shape[1] == 1
+    return f"{name} depthwise" if alone else name
+
+
 def _features(graph: Graph, plan: Plan, kernel_ms: Mapping[str, float]) -> dict[str, float]:
-    """Kernel ms by precision, millions of converted elements by direction, and one.
+    """Kernel ms by precision, conversions by direction (each, and millions of elements),
+    millions of elements that operators between the layers write, and one.
 
     Float products that were not timed are part of the constant.
     """
-    found = dict.fromkeys(PRECISIONS, 0.0)
+    found: dict[str, float] = {}
     for layer in (*graph.layers, *graph.products):
         if layer.kind == "Gather":
             continue
@@ -171,9 +223,32 @@ def _features(graph: Graph, plan: Plan, kernel_ms: Mapping[str, float]) -> dict[
                 f"the latency model has no kernel for layer {layer.name!r} "
                 f"({name}): measure it with autoquant profile on this task"
             )
-        found[name] += kernel_ms[key]
-    to_int8, to_float = plan.boundaries(graph)
-    return {**found, "to_int8": to_int8 / 1e6, "to_float": to_float / 1e6, "constant": 1.0}
+        feature = _kernel_feature(layer, name)
+        found[feature] = found.get(feature, 0.0) + kernel_ms[key]
+    for name, elements in zip(("to_int8", "to_float"), plan.conversions(graph), strict=True):
+        found |= {name: sum(elements) / 1e6, f"{name} each": float(len(elements))}
+    int8 = others = 0
+    for index, written in _between(graph):
+        int8 += written if index in plan.int8_nodes else 0
+        others += 0 if index in plan.int8_nodes else written
+    return {**found, "int8 between": int8 / 1e6, "float between": others / 1e6, "constant": 1.0}
+
+
+def _between(graph: Graph) -> list[tuple[int, int]]:
+    """(node, float elements that it writes) of every operator that belongs to no layer."""
+    if graph not in _BETWEEN:
+        layers = (*graph.layers, *graph.products)
+        owned = {i for x in layers for i in (x.node, *x.absorbed)}
+        _BETWEEN[graph] = [
+            (index, sum(graph.tensors[n].elements for n in node.output if n in graph.tensors))
+            for index, node in enumerate(graph.nodes)
+            if index not in owned
+            and any(n in graph.tensors and graph.tensors[n].dtype == "float32" for n in node.output)
+        ]
+    return _BETWEEN[graph]
+
+
+_BETWEEN: WeakKeyDictionary[Graph, list[tuple[int, int]]] = WeakKeyDictionary()
 
 
 def measure_device(
@@ -188,51 +263,77 @@ def measure_device(
     seed: int = 0,
     products: bool = False,
 ) -> TableModel:
-    """Time every distinct kernel of ``graph`` here and fit the coefficients.
+    """Time every distinct kernel of ``graph`` here, and mixes of it: fit the coefficients on
+    most of those, and find the error on the others.
 
     ``inputs``: one batch at the size that the latency is for. ``products``: the products of
     activations can be int8 too. Kernel times are cached on disk
     by CPU, runtime version, threads and batch.
     """
+    start = time.perf_counter()
     batch = int(inputs[0].shape[0])
     timed = [x for x in graph.layers if x.kind != "Gather"]
     timed += graph.products if products else ()
     kernel_ms = _kernel_table(graph, timed, precisions, batch, threads)
-    mixes = _mixes(timed, [p for p in precisions if p != "float"], seed)
+    lower = [p for p in precisions if p != "float"]
+    mixes = _mixes(timed, lower, seed)
+    unseen = [x for x in _held_out(timed, lower, HELD_OUT, seed + 1) if x not in mixes]
     features, sessions = [], {}
-    for index, mix in enumerate(mixes):
-        resolved = resolve(graph, mix)
-        features.append(_features(graph, plan(graph, resolved, dialect), kernel_ms))
+    for index, mix in enumerate((*mixes, *unseen)):
+        where = plan(graph, resolve(graph, mix), dialect)
+        features.append(_features(graph, where, kernel_ms))
         artifact = compress(graph, mix, calibration, bank, dialect)
         sessions[index] = OnnxRuntime().open(artifact.model, threads)
-    found = measure(sessions, inputs, threads=threads, seconds=0.5, min_rounds=20, max_rounds=200)
-    times = np.array([found[i].latency_ms for i in range(len(mixes))])
-    names = [name for name in features[0] if any(f[name] for f in features)]
-    matrix = np.array([[f[name] for name in names] for f in features])
-    coefficients = _fit(matrix, times)
-    errors = []
-    for left in range(len(mixes) if len(mixes) > 5 else 0):
-        kept = np.arange(len(mixes)) != left
-        guess = matrix[left] @ _fit(matrix[kept], times[kept])
-        errors.append(abs(guess / times[left] - 1))
+    found = measure(sessions, inputs, threads=threads, seconds=0.6, min_rounds=20, max_rounds=200)
+    times = np.array([found[i].latency_ms for i in range(len(features))])
+    names = sorted({name for f in features for name in f if f[name]})
+    matrix = np.array([[f.get(name, 0.0) for name in names] for f in features])
+    count = len(mixes)
+    coefficients = _fit(matrix[:count], times[:count], names)
+    errors = np.abs(matrix[count:] @ coefficients / times[count:] - 1)
     return TableModel(
         kernel_ms=kernel_ms,
         coefficients={n: float(c) for n, c in zip(names, coefficients, strict=True)},
-        error=float(np.mean(errors)) if errors else float("nan"),
-        mixes=len(mixes),
+        error=float(np.mean(errors)) if len(errors) else float("nan"),
+        mixes=count,
         batch=batch,
         threads=threads,
+        seconds=time.perf_counter() - start,
     )
 
 
-def _fit(matrix: Array, times: Array) -> Array:
-    """Non-negative least squares on relative errors."""
+HELD_OUT = 8  # mixes that tell the error
+_NOISE = 0.01  # relative, of a measured mix
+# feature → what its coefficient usually is (ms), and how far off that may be, relatively
+_USUAL = {
+    "to_int8": (0.3, 1.0),
+    "to_float": (0.3, 1.0),
+    "to_int8 each": (0.002, 2.0),
+    "to_float each": (0.002, 2.0),
+    "int8 between": (0.15, 2.0),
+    "float between": (0.3, 2.0),
+    "constant": (0.01, 5.0),
+}
+
+
+def _fit(matrix: Array, times: Array, names: Sequence[str]) -> Array:
+    """Coefficients, none negative, of least relative errors, drawn to the usual ones; mixes far
+    off are given little weight (Huber 1964).
+    """
     from scipy.optimize import nnls
 
-    weight = 1.0 / times
-    scale = np.maximum(np.abs(matrix).max(axis=0), 1e-12)
-    solution, _ = nnls(matrix / scale * weight[:, None], np.ones(len(times)))
-    return np.asarray(solution / scale)
+    usual = np.array([_USUAL.get(name, (1.0, 0.3)) for name in names])
+    relative = matrix / times[:, None] * usual[:, 0]  # in units of the usual coefficients
+    pull = np.diag(_NOISE / usual[:, 1])
+    weight = np.ones(len(times))
+    solution = np.ones(len(names))
+    for _ in range(4):
+        rows = np.vstack([relative * weight[:, None], pull])
+        solution, _ = nnls(rows, np.concatenate([weight, pull.diagonal()]))
+        off = np.abs(relative @ solution - 1)
+        bound = 2.0 * max(1.48 * float(np.median(off)), _NOISE / 4)
+        weight = np.sqrt(np.minimum(1.0, bound / np.maximum(off, 1e-12)))
+    return np.asarray(solution * usual[:, 0])
 
 
 def _has(layer: Layer, name: str) -> bool:
@@ -243,23 +344,53 @@ def _has(layer: Layer, name: str) -> bool:
 
 
 def _mixes(timed: Sequence[Layer], precisions: Sequence[str], seed: int) -> list[Candidate]:
-    """Ends, blocks, alternations and random mixes: what identifies the coefficients."""
+    """Ends, blocks, alternations, each depthwise or not, and random mixes: what identifies the
+    coefficients. A precision after the first has fewer."""
     count = len(timed)
-    masks = [np.zeros(count, bool), np.ones(count, bool)]
-    half = np.arange(count) < count // 2
-    masks += [half, ~half, np.arange(count) % 2 == 0, np.arange(count) // 4 % 2 == 0]
     generator = np.random.default_rng(seed)
-    masks += [generator.random(count) < share for share in (0.2, 0.35, 0.5, 0.5, 0.65, 0.8, 0.9)]
+    index = np.arange(count)
+    alone = np.array([_kernel_feature(x, "").strip() == "depthwise" for x in timed], bool)
+    masks = [np.zeros(count, bool), np.ones(count, bool), index < count // 2, index >= count // 2]
+    masks += [index % 2 == 0, index % 2 == 1, index // 4 % 2 == 0, index // 4 % 2 == 1, alone]
+    masks += [index // 8 % 2 == 0, ~alone, index < count // 4, index >= count * 3 // 4]
+    shares = (0.15, 0.25, 0.35, 0.5, 0.5, 0.65, 0.75, 0.85, 0.95)
     found = []
-    for name in precisions:
-        for mask in masks:
-            layers = {
-                layer.name: _choice(layer, name)
-                for layer, on in zip(timed, mask, strict=True)
-                if on and _has(layer, name)
-            }
-            found.append(Candidate(layers))
+    for place, name in enumerate(precisions):
+        random = [generator.random(count) < share for share in shares[:: 1 + (place > 0)]]
+        found += [_mix(timed, mask, [name] * count) for mask in (masks[1:6] if place else masks)]
+        found += [_mix(timed, mask, [name] * count) for mask in random]
     return list(dict.fromkeys(found)) or [Candidate()]
+
+
+def _held_out(
+    timed: Sequence[Layer], precisions: Sequence[str], count: int, seed: int
+) -> list[Candidate]:
+    """Mixes of all ``precisions`` that no fit has seen: random, in blocks, alternating, in turn."""
+    generator = np.random.default_rng(seed)
+    found = []
+    for number in range(count if precisions else 0):
+        share = generator.uniform(0.1, 0.95)
+        size = (1, int(generator.integers(2, 9)), 1)[number % 3]
+        mask = np.repeat(generator.random(-(-len(timed) // size)) < share, size)[: len(timed)]
+        if number % 3 == 2:  # alternating in a part, one way outside
+            start, end = sorted(generator.integers(0, len(timed) + 1, 2))
+            inside = (np.arange(len(timed)) >= start) & (np.arange(len(timed)) < end)
+            period = int(generator.integers(2, 4))
+            mask = np.where(inside, np.arange(len(timed)) % period == 0, bool(number % 2))
+        names = [precisions[i] for i in generator.integers(0, len(precisions), len(timed))]
+        found.append(_mix(timed, mask, names))
+    return list(dict.fromkeys(found))
+
+
+def _mix(timed: Sequence[Layer], mask: Array, names: Sequence[str]) -> Candidate:
+    """Float, but for the layers of ``mask`` that have the precision named for them."""
+    return Candidate(
+        {
+            layer.name: _choice(layer, name)
+            for layer, on, name in zip(timed, mask, names, strict=True)
+            if on and _has(layer, name)
+        }
+    )
 
 
 def _choice(layer: Layer, name: str) -> LayerChoice:
@@ -268,8 +399,14 @@ def _choice(layer: Layer, name: str) -> LayerChoice:
 
 
 def _kernel_table(
-    graph: Graph, timed: Sequence[Layer], precisions: Sequence[str], batch: int, threads: int
+    graph: Graph,
+    timed: Sequence[Layer],
+    precisions: Sequence[str],
+    batch: int,
+    threads: int,
+    given: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
+    """Signature → ms of every kernel; those ``given`` stay as they are."""
     machine = json.dumps({**describe(), "batch": batch, "threads": threads}, sort_keys=True)
     digest = hashlib.sha256(machine.encode()).hexdigest()[:12]
     path = cache_folder() / f"kernels-{digest}.json"
@@ -278,6 +415,7 @@ def _kernel_table(
         known = {str(key): float(value) for key, value in read.items()}
     except (OSError, ValueError, TypeError, AttributeError):  # not there, or damaged
         known = {}
+    known = {**known, **(given or {})}
     table, fresh = {}, False
     for layer in timed:
         for name in {"float", *precisions}:

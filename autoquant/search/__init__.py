@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from autoquant.calibration import fixed_batch
-from autoquant.candidate import ACTIVATION_BITS, WEIGHT_BITS, Candidate
+from autoquant.candidate import ACTIVATION_BITS, WEIGHT_BITS, Candidate, LayerChoice
 from autoquant.compress import Artifact
 from autoquant.compress.polish import is_tuned
+from autoquant.compress.qdq import INT8_KINDS
 from autoquant.cost.table import TableModel, to_profile
 from autoquant.errors import HardwareError, NoFeasibleMember, RunError, nearest
 from autoquant.evaluate import Evaluator
@@ -600,7 +601,9 @@ def _verify(
 ) -> list[Member]:
     """Rebuild every member's file, score it on the test split and measure its latency.
 
-    The latency of an analytic device stays null: this machine's would be another device's.
+    ``baseline`` gets what the float network measures and, under ``uniform_int8``, all layers
+    at 8/8, in the same rounds. The latency of an analytic device stays null: this machine's would
+    be another device's.
     """
     here = context.hardware.latency == "measured"
     runtime = RUNTIMES[context.hardware.runtime]()
@@ -611,7 +614,8 @@ def _verify(
             runtime.open(float_model(context.original))
         ).value
     baseline_model = float_model(context.original)
-    models = {"float": baseline_model} if here else {}
+    int8 = _uniform_int8(context)
+    models = {"float": baseline_model, "int8": context.compress(int8).model} if here else {}
     scores = {}
     for member in members:
         path = folder / "artifacts" / f"{member.trial}.onnx"
@@ -637,6 +641,10 @@ def _verify(
         found_times = alone(_timed, context.hardware.runtime, models, inputs, settings.threads)
         times = {key: time.to_dict() for key, time in found_times.items()}
         baseline.update(times["float"])
+        baseline["uniform_int8"] = {**times["int8"], "predicted_latency_ms": None}
+        with contextlib.suppress(HardwareError):  # a space without int8: its kernels were not timed
+            predicted = context.predict(int8).latency_ms
+            baseline["uniform_int8"]["predicted_latency_ms"] = predicted
     _remove_old_artifacts(folder / "artifacts", {m.trial for m in members})
     return [
         replace(
@@ -659,6 +667,12 @@ def _timed(
     runtime = RUNTIMES[name]()
     sessions = {key: runtime.open(model, threads) for key, model in models.items()}
     return measure(sessions, inputs, threads=threads, runtime=runtime.name, seconds=0.5)
+
+
+def _uniform_int8(context: Context) -> Candidate:
+    """Every layer that has an int8 kernel at 8/8."""
+    layers = [x.name for x in context.graph.layers if x.kind in INT8_KINDS]
+    return Candidate(dict.fromkeys(layers, LayerChoice(8, 8)))
 
 
 def _kept(path: Path, member: Member, sha256: str | None) -> Artifact | None:

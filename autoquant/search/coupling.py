@@ -183,6 +183,7 @@ def boundaries(graph: Graph, choices: Choices, latency: TableModel) -> list[Boun
                 if all(held[literal] for literal in case)
             ]
             cost = latency.coefficients.get(name, 0.0) / 1e6 * graph.tensors[tensor].elements
+            cost += latency.coefficients.get(f"{name} each", 0.0)
             if possible and cost > 0:
                 found.append(Boundary(possible, cost))
     return found

@@ -294,7 +294,10 @@ def prepare(
         table = _device_model(
             task, graph, calibration, bank, device, choices, batch, threads, alone
         )
-        say(f"latency model: {table.error:.1%} mean error on held-out mixes")
+        say(
+            f"latency model: {table.error:.1%} mean error on held-out mixes, "
+            f"measured in {table.seconds:.0f} s"
+        )
         predictor = table
     cost = CostModel(graph, device.dialect, predictor, bank)
     baseline = cost.baseline()
