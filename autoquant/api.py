@@ -77,8 +77,11 @@ class _Tracking(Callback):
 
     def finish(self, front: Front) -> None:
         document = front.to_dict()
-        note = report.front_markdown(document)
         chosen = front.knee().trial if front.members else None
+
+        def note(links: Mapping[int, str]) -> str:
+            return report.front_markdown(document, links, chosen)
+
         self.tracker.finish(document, self.page.html, note, front.folder, chosen)
 
 

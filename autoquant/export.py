@@ -915,6 +915,8 @@ def _format_detail(
     names = ", ".join(FORMATS[name].files)
     if manifest.autoquant != describe_environment()["versions"]["autoquant"]:
         return f"{names}: unchanged since autoquant {manifest.autoquant} wrote them"
+    if not FORMATS[name].is_installed():
+        return f"{names}: unchanged; what makes them is not installed here"
     try:
         files = FORMATS[name].make(model)
     except UserError as error:

@@ -202,7 +202,7 @@ class Hardware(document.Document):
     description: str = ""
     runtime: Literal["onnxruntime"] = "onnxruntime"
     dialect: Literal["onnxruntime", "openvino", "tensorrt"] = "onnxruntime"
-    formats: tuple[Literal["encodings", "c-header"], ...] = ()
+    formats: tuple[Literal["encodings", "c-header", "tflite"], ...] = ()
     latency: Literal["measured", "analytic"] = "measured"
     kernels: tuple[Kernel, ...] = Field(min_length=1)
     round_to: int = Field(default=8, ge=1)

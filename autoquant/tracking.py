@@ -93,14 +93,14 @@ class MlflowTracker:
         self,
         front: Mapping[str, Any],
         html: str,
-        note: str,
+        note: Callable[[Mapping[int, str]], str],
         folder: Path | None = None,
         chosen: int | None = None,
         status: str = "FINISHED",
     ) -> None:
         """Tag the members, log front.json, front.html and the note, end the parent run, and wait.
 
-        ``note``: Markdown. ``folder``: the run's, from which the members' files are logged.
+        ``note``: from the links to the members' runs, by trial, to Markdown. ``folder``: the run's, from which the members' files are logged.
         ``chosen``: the trial to register as a model version with the alias ``chosen``.
         ``status``: of the parent run, FINISHED or KILLED.
         """
@@ -239,7 +239,7 @@ class MlflowTracker:
         self,
         front: Mapping[str, Any],
         html: str,
-        note: str,
+        note: Callable[[Mapping[int, str]], str],
         folder: Path | None,
         chosen: int | None,
         status: str,
@@ -266,9 +266,11 @@ class MlflowTracker:
             "seconds": front.get("seconds"),
             **{f"float_{name}": value for name, value in front["baseline"].items()},
         }
-        if len(note) > _NOTE_LENGTH:
-            note = note[: _NOTE_LENGTH - 4].rpartition("\n")[0] + "\n\n…"
-        self._log(self._parent, metrics, {}, {"mlflow.note.content": note})
+        runs = f"#/experiments/{self._experiment}/runs"
+        text = note({n: f"{runs}/{self._children[n]}" for n in members if n in self._children})
+        if len(text) > _NOTE_LENGTH:
+            text = text[: _NOTE_LENGTH - 4].rpartition("\n")[0] + "\n\n…"
+        self._log(self._parent, metrics, {}, {"mlflow.note.content": text})
         client.log_text(self._parent, json.dumps(front, indent=1), "front.json")
         client.log_text(self._parent, html, "front.html")
         if folder is not None and chosen in members:
@@ -389,7 +391,7 @@ def view_state(parent: str, objectives: Sequence[str]) -> dict[str, Any]:
     section = {"isReordered": False, "deleted": False, "isGenerated": False}
     return {
         "searchFilter": f"tags.`mlflow.parentRunId` = '{parent}'",
-        "orderByKey": "metrics.`accuracy`",
+        "orderByKey": f"tags.`{_PARETO}`",  # a page has 100 runs: the front is among them
         "orderByAsc": False,
         "startTime": "ALL",
         "lifecycleFilter": "Active",

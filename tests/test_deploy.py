@@ -137,13 +137,17 @@ def test_a_device_without_a_choice_of_the_space(tmp_path: Path) -> None:
         prepare(task(tmp_path), space=STORED, hardware=device)
 
 
+EVERY = ("encodings", "c-header", "tflite")
+
+
 def test_formats_are_in_the_package(made: Callable[..., Front], tmp_path: Path) -> None:
-    front = made("formats", formats=("encodings", "c-header"))
+    front = made("formats", formats=EVERY)
     package = packed(front, tmp_path)
     extra = {name for format in FORMATS.values() for name in format.files}
     assert names(package) == {*FILES, MANIFEST, *extra}
     found = checks(package)
     assert found["encodings"] == "float.onnx, model.encodings: follow from model.onnx"
+    assert found["tflite"] == "model.tflite: follow from model.onnx"
     assert found["c-header"] == "model.h, autoquant_ref.h, main.c: follow from model.onnx"
     readme = (package / "README.md").read_text()
     assert "qairt-converter" in readme and "cc -O2 main.c -lm" in readme
@@ -156,7 +160,7 @@ def test_formats_are_in_the_package(made: Callable[..., Front], tmp_path: Path) 
 def test_changed_format_files_are_caught(
     made: Callable[..., Front], tmp_path: Path, name: str
 ) -> None:
-    package = packed(made("formats", formats=("encodings", "c-header")), tmp_path)
+    package = packed(made("formats", formats=EVERY), tmp_path)
     path = package / name
     path.write_bytes(path.read_bytes() + b"\n")
     with pytest.raises(PackageError, match=f"{name}: changed"):
@@ -181,7 +185,7 @@ def test_a_format_that_cannot_say_a_member_is_left_out(
 
 
 def test_a_precompiled_graph_is_optional(made: Callable[..., Front], tmp_path: Path) -> None:
-    front = made("formats", formats=("encodings", "c-header"))
+    front = made("formats", formats=EVERY)
     assert PRECOMPILED not in names(packed(front, tmp_path / "without"))
     package = packed(front, tmp_path, precompiled=True)
     assert checks(package)["precompiled"].endswith("gives the recorded outputs")
@@ -193,7 +197,7 @@ def test_a_precompiled_graph_is_optional(made: Callable[..., Front], tmp_path: P
 
 
 def test_an_unknown_format_is_named(made: Callable[..., Front], tmp_path: Path) -> None:
-    package = packed(made("formats", formats=("encodings", "c-header")), tmp_path)
+    package = packed(made("formats", formats=EVERY), tmp_path)
     manifest = json.loads((package / MANIFEST).read_text())
     manifest["formats"] = ["encoding"]
     (package / MANIFEST).write_text(json.dumps(manifest))
@@ -206,5 +210,5 @@ def test_profiles_name_the_formats_that_there_are() -> None:
     assert set(get_args(get_args(annotation)[0])) == set(FORMATS)
     for name in ("nvidia-t4", "nvidia-a100", "jetson-orin-nano"):
         assert load_hardware(name).dialect == "tensorrt"
-    assert load_hardware("qualcomm-hexagon").formats == ("encodings",)
+    assert load_hardware("qualcomm-hexagon").formats == ("encodings", "tflite")
     assert load_hardware("cortex-m7-cmsis-nn").formats == ("c-header",)

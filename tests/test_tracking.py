@@ -99,7 +99,7 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Ml
     for result in results():
         tracker.trial(result)
     found = front(member(0, 0.9, 3000, verified=VERIFIED), member(1, 0.89, 1000))
-    tracker.finish(found, "<html>page</html>", "| a | b |\n")
+    tracker.finish(found, "<html>page</html>", lambda _: "| a | b |\n")
     yield folder, MlflowClient(store(folder))
 
 
@@ -178,12 +178,12 @@ def test_a_resumed_search_duplicates_nothing(tmp_path: Path) -> None:
     first.start(STUDY)
     for result in known[:2]:
         first.trial(result)
-    first.finish(front(member(0, 0.9, 3000)), "old", "old")
+    first.finish(front(member(0, 0.9, 3000)), "old", lambda _: "old")
     again = MlflowTracker(None, tmp_path)
     again.start(STUDY, resume=True)
     for result in known:
         again.trial(result)
-    again.finish(front(member(1, 0.89, 1000)), "new", "new")
+    again.finish(front(member(1, 0.89, 1000)), "new", lambda _: "new")
     client = MlflowClient(store(tmp_path))
     (parent,) = runs(client, **{"autoquant.run": "one"})
     assert parent.data.tags["mlflow.note.content"] == "new" and parent.info.status == "FINISHED"
@@ -207,7 +207,7 @@ def test_names_and_many_layers_that_mlflow_would_refuse(tmp_path: Path) -> None:
     tracker = MlflowTracker(None, tmp_path)
     tracker.start({**STUDY, "note": "y" * 9000})
     tracker.trial(result)
-    tracker.finish(front(member(0, 0.9, 3000)), "page", "line\n" * 4000)
+    tracker.finish(front(member(0, 0.9, 3000)), "page", lambda _: "line\n" * 4000)
     client = MlflowClient(store(tmp_path))
     child = children(client)["0"]
     assert len(child.data.params) == 233
@@ -233,7 +233,7 @@ def test_a_store_that_does_not_work_never_raises(
     tracker.start(STUDY)
     for result in results():
         tracker.trial(result)
-    tracker.finish(front(member(0, 0.9, 3000)), "page", "note")
+    tracker.finish(front(member(0, 0.9, 3000)), "page", lambda _: "note")
     tracker.fail()
     captured = capsys.readouterr()
     assert captured.out == ""

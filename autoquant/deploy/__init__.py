@@ -13,6 +13,7 @@ import onnx
 
 from autoquant.deploy.cmsis import DRIVER, HEADER, KERNELS, header_files
 from autoquant.deploy.encodings import ENCODINGS, FLOAT_MODEL, encodings_files
+from autoquant.deploy.litert import TFLITE, is_installed, tflite_files
 
 __all__ = ["FORMATS", "PRECOMPILED", "Format"]
 
@@ -24,11 +25,13 @@ class Format:
     """The names of a format's files, what makes them, and how a README says to use them.
 
     ``make`` gives the same bytes for the same artifact; RunError where the format lacks a layer.
+    ``is_installed``: whether what ``make`` needs is here.
     """
 
     files: tuple[str, ...]
     make: Callable[[onnx.ModelProto], dict[str, bytes]]
     use: str
+    is_installed: Callable[[], bool] = lambda: True
 
 
 FORMATS = {
@@ -57,5 +60,21 @@ arrays. `{DRIVER}` reads float32 samples and writes float32 outputs:
 cc -O2 {DRIVER} -lm -o model && ./model < inputs.bin > outputs.bin
 ```
 """,
+    ),
+    "tflite": Format(
+        (TFLITE,),
+        tflite_files,
+        f"""\
+`{TFLITE}` is for LiteRT (TensorFlow Lite): one float32 sample in NHWC, float32 outputs, int8
+between them. With the Python package `ai-edge-litert`:
+
+```python
+from ai_edge_litert.interpreter import Interpreter
+
+interpreter = Interpreter("{TFLITE}")
+interpreter.allocate_tensors()
+```
+""",
+        is_installed,
     ),
 }

@@ -33,7 +33,7 @@ def header_files(model: onnx.ModelProto) -> dict[str, bytes]:
     """The three C files of an artifact. Raises RunError naming the layer that is not int8."""
     here = Path(__file__).parent
     files = {name: (here / name).read_bytes() for name in (KERNELS, DRIVER)}
-    return {HEADER: _Header(model).text().encode(), **files}
+    return {HEADER: Header(model).text().encode(), **files}
 
 
 def multiplier_and_shift(scale: float) -> tuple[int, int]:
@@ -46,7 +46,7 @@ def multiplier_and_shift(scale: float) -> tuple[int, int]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Tensor:
+class Int8Tensor:
     """An int8 activation: (C, H, W) without the batch, its grid, the buffer that holds it."""
 
     shape: tuple[int, int, int]
@@ -57,6 +57,7 @@ class _Tensor:
 
     @property
     def size(self) -> int:
+        """Values of one sample."""
         return math.prod(self.shape)
 
 
@@ -68,7 +69,7 @@ class _Buffer:
     offset: int = 0
 
 
-class _Header:
+class Header:
     """Follows one quantized graph from its input, a step a QuantizeLinear."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
@@ -78,28 +79,33 @@ class _Header:
         self.inputs = [i.name for i in model.graph.input]
         self.outputs = [o.name for o in model.graph.output]
         if len(self.inputs) != 1 or len(self.outputs) != 1:
-            raise RunError("a C header is for networks of one input and one output")
+            raise RunError("int8 steps are for networks of one input and one output")
         self.shapes = _shapes(model)
         layers = [n.name for n in self.nodes if n.op_type in _LAYERS and n.name]
         for node in self.nodes:
             if node.op_type in _LAYERS and self._dequantize(node.input[1]) is None:
-                raise _not_int8(node, "it does not compute in int8")
+                raise not_int8(node, "it does not compute in int8")
         self.weights = stored_weights(model, layers)
-        self.tensors: dict[str, _Tensor] = {}  # by the name of the integers
+        self.tensors: dict[str, Int8Tensor] = {}  # by the name of the integers
         self.buffers: list[_Buffer] = []
         self.arrays: list[str] = []
-        self.calls: list[tuple[str, list[_Tensor], _Tensor | None]] = []
+        self.calls: list[tuple[str, list[Int8Tensor], Int8Tensor | None]] = []
 
     def text(self) -> str:
+        """``model.h``."""
+        return self._written(*self.walk())
+
+    def walk(self) -> tuple[Int8Tensor | None, list[float]]:
+        """Every step; the int8 output, or None and the scales of the last accumulators."""
         for node in self.nodes:
             if node.op_type == "QuantizeLinear":
                 self.tensors[node.output[0]] = self._step(node)
         last = self._dequantize(self.outputs[0])
-        if last is not None:
-            output = self.tensors[last.input[0]]
-            self.buffers[output.buffer].death = len(self.calls)
-            return self._written(output, [output.scale])
-        return self._written(None, self._accumulators().tolist())
+        if last is None:
+            return None, self._accumulators().tolist()
+        output = self.tensors[last.input[0]]
+        self.buffers[output.buffer].death = len(self.calls)
+        return output, [output.scale]
 
     # reading
 
@@ -111,19 +117,19 @@ class _Header:
         node = self.producers.get(name)
         return node if node is not None and node.op_type == "DequantizeLinear" else None
 
-    def _int8(self, name: str, reader: onnx.NodeProto) -> _Tensor:
+    def _int8(self, name: str, reader: onnx.NodeProto) -> Int8Tensor:
         """The int8 tensor behind a float view, read now."""
         node = self._dequantize(name)
         if node is None or node.input[0] not in self.tensors:
-            raise _not_int8(reader, f"it reads {name!r}, which is float")
+            raise not_int8(reader, f"it reads {name!r}, which is float")
         found = self.tensors[node.input[0]]
         self.buffers[found.buffer].death = len(self.calls)
         return found
 
-    def _new(self, shape: tuple[int, int, int], scale: float, zero: int) -> _Tensor:
+    def _new(self, shape: tuple[int, int, int], scale: float, zero: int) -> Int8Tensor:
         now = len(self.calls)
         self.buffers.append(_Buffer(math.prod(shape), now, now))
-        return _Tensor(shape, scale, zero, len(self.buffers) - 1)
+        return Int8Tensor(shape, scale, zero, len(self.buffers) - 1)
 
     def _unit(self, tensor: str) -> tuple[onnx.NodeProto | None, tuple[float, float], Array | None]:
         """The node behind Relu, Clip and the Add of a bias; their bounds; the bias."""
@@ -146,12 +152,12 @@ class _Header:
         scale, zero = self._value(node.input[1]), self._value(node.input[2])
         assert scale is not None and zero is not None
         if zero.dtype.itemsize != 1:
-            raise _not_int8(node, "16-bit activations")
+            raise not_int8(node, "16-bit activations")
         return float(scale), int(zero) - (128 if zero.dtype == np.uint8 else 0)
 
     # one step
 
-    def _step(self, quantize: onnx.NodeProto) -> _Tensor:
+    def _step(self, quantize: onnx.NodeProto) -> Int8Tensor:
         """The tensor that a QuantizeLinear makes, and the call that makes it."""
         scale, zero = self._grid(quantize)
         name = quantize.input[0]
@@ -159,7 +165,7 @@ class _Header:
             return self._new(self._shape(name, quantize), scale, zero)
         node, bounds, bias = self._unit(name)
         if node is None:
-            raise _not_int8(quantize, "its input is not int8")
+            raise not_int8(quantize, "its input is not int8")
         if node.op_type in _ALIASES:
             return self._alias(node)
         limits = [
@@ -189,34 +195,34 @@ class _Header:
             )
             return replace(result, flat=source.flat)
         else:
-            raise _not_int8(node, "there is no s8 kernel for it")
+            raise not_int8(node, "there is no s8 kernel for it")
         return result
 
-    def _alias(self, node: onnx.NodeProto) -> _Tensor:
+    def _alias(self, node: onnx.NodeProto) -> Int8Tensor:
         """A reshape to one row: the same bytes in another order than ONNX has."""
         source = self._int8(node.input[0], node)
         shape = self.shapes.get(node.output[0], ())
         if len(shape) != 2 and self._shape(node.output[0], node) != source.shape:
-            raise _not_int8(node, "only a reshape to one row has an s8 form")
+            raise not_int8(node, "only a reshape to one row has an s8 form")
         return replace(source, flat=len(shape) == 2)
 
     def _shape(self, name: str, node: onnx.NodeProto) -> tuple[int, int, int]:
         """(C, H, W) of a tensor of rank 2, 3 or 4."""
         dims = self.shapes.get(name, ())
         if not 2 <= len(dims) <= 4 or not all(dims[1:]):
-            raise _not_int8(node, f"{name!r} has the shape {list(dims)}, not (N, C, H, W)")
+            raise not_int8(node, f"{name!r} has the shape {list(dims)}, not (N, C, H, W)")
         if len(dims) == 3:
             return dims[1], 1, dims[2]
         return (dims[1], 1, 1) if len(dims) == 2 else (dims[1], dims[2], dims[3])
 
     def _window(
-        self, node: onnx.NodeProto, source: _Tensor, result: _Tensor, limits: Sequence[int],
+        self, node: onnx.NodeProto, source: Int8Tensor, result: Int8Tensor, limits: Sequence[int],
         kernel: Sequence[int], groups: int = 1,
     ) -> str:  # fmt: skip
         """An ``aq_window``; one spatial dimension is a row."""
         found = attributes(node)
         if found.get("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID"):
-            raise _not_int8(node, "auto_pad")
+            raise not_int8(node, "auto_pad")
         stride = tuple(found.get("strides", (1,) * len(kernel)))
         dilation = tuple(found.get("dilations", (1,) * len(kernel)))
         pads = tuple(found.get("pads", (0,) * 2 * len(kernel)))[: len(kernel)]
@@ -232,19 +238,19 @@ class _Header:
         return f"&{name}"
 
     def _pool(
-        self, node: onnx.NodeProto, source: _Tensor, result: _Tensor, limits: Sequence[int]
+        self, node: onnx.NodeProto, source: Int8Tensor, result: Int8Tensor, limits: Sequence[int]
     ) -> None:
         found = attributes(node)
         kernel = tuple(found.get("kernel_shape", source.shape[1:]))
         if node.op_type == "MaxPool":
             window = self._window(node, source, result, limits, kernel)
             if (source.scale, source.zero) != (result.scale, result.zero):
-                raise _not_int8(node, "its output has another grid than its input")
+                raise not_int8(node, "its output has another grid than its input")
             self._call(f"aq_max_pool_s8({window}, {{0}}, {{out}})", [source], result)
             return
         plain = not any(found.get("pads", ())) and not found.get("ceil_mode", 0)
         if not plain or any(d != 1 for d in found.get("dilations", ())):
-            raise _not_int8(node, "it has padding, ceil_mode or dilations")
+            raise not_int8(node, "it has padding, ceil_mode or dilations")
         window = self._window(node, source, result, limits, kernel)
         scale = source.scale / (result.scale * math.prod(kernel))
         multiplier, shift = multiplier_and_shift(scale)
@@ -252,11 +258,11 @@ class _Header:
         self._call(call, [source], result)
 
     def _add(
-        self, node: onnx.NodeProto, first: _Tensor, result: _Tensor, limits: Sequence[int]
+        self, node: onnx.NodeProto, first: Int8Tensor, result: Int8Tensor, limits: Sequence[int]
     ) -> None:
         second = self._int8(node.input[1], node)
         if first.shape != second.shape:
-            raise _not_int8(node, "its inputs have different shapes")
+            raise not_int8(node, "its inputs have different shapes")
         most = 2 * max(first.scale, second.scale)
         a, b = (multiplier_and_shift(t.scale / most) for t in (first, second))
         out = multiplier_and_shift(most / (2**20 * result.scale))
@@ -273,7 +279,7 @@ class _Header:
         return int(self.weights[node.name].shape[0 if by_row else 1])
 
     def _layer(
-        self, node: onnx.NodeProto, source: _Tensor, result: _Tensor, limits: Sequence[int],
+        self, node: onnx.NodeProto, source: Int8Tensor, result: Int8Tensor, limits: Sequence[int],
         bias: Array | None,
     ) -> None:  # fmt: skip
         """A convolution or product: its arrays and its call."""
@@ -287,7 +293,7 @@ class _Header:
             if weight.ndim == 3:
                 weight = weight[:, :, None]
             if weight.ndim != 4:
-                raise _not_int8(node, "it has more than two spatial dimensions")
+                raise not_int8(node, "it has more than two spatial dimensions")
             groups = int(attributes(node).get("group", 1))
             depthwise = groups > 1 and weight.shape[1] == 1 and groups == source.shape[0]
             order = (1, 2, 3, 0) if depthwise else (0, 2, 3, 1)
@@ -302,7 +308,7 @@ class _Header:
         arrays = f"aq_m{tag}, aq_s{tag}, {{0}}, aq_w{tag}, aq_b{tag}"
         self._call(f"{call}, {arrays}, {{out}})", [source], result)
 
-    def _scales(self, node: onnx.NodeProto, source: _Tensor) -> Array:
+    def _scales(self, node: onnx.NodeProto, source: Int8Tensor) -> Array:
         """Input scale × weight scale, for every output, in double precision."""
         dequantize = self._dequantize(node.input[1])
         assert dequantize is not None
@@ -312,18 +318,18 @@ class _Header:
         found: Array = np.broadcast_to(scale.reshape(-1), (count,)).astype(np.float64)
         return found * source.scale
 
-    def _dense(self, source: _Tensor, outputs: int, zero: int, limits: Sequence[int]) -> str:
+    def _dense(self, source: Int8Tensor, outputs: int, zero: int, limits: Sequence[int]) -> str:
         ones = (1,) * 4 + (0, 0, 1, 1, 1)
         return self._struct((1, 1, source.size, 1, 1, outputs, *ones, -source.zero, zero, *limits))
 
     def _product(
-        self, node: onnx.NodeProto, source: _Tensor, bias: Array | None, tag: int
+        self, node: onnx.NodeProto, source: Int8Tensor, bias: Array | None, tag: int
     ) -> Array:
         """Weights of a product as (outputs, inputs), inputs in HWC order; its scales."""
         found, weight = attributes(node), self.weights[node.name]
         odd = found.get("transA", 0) or any(found.get(k, 1.0) != 1.0 for k in ("alpha", "beta"))
         if odd or len(self.shapes.get(node.input[0], ())) != 2:
-            raise _not_int8(node, "only a product of one row and a matrix has an s8 form")
+            raise not_int8(node, "only a product of one row and a matrix has an s8 form")
         rows = weight if node.op_type == "Gemm" and found.get("transB", 0) else weight.T
         if source.flat:
             rows = rows.reshape(-1, *source.shape).transpose(0, 2, 3, 1)
@@ -333,7 +339,7 @@ class _Header:
         return scales
 
     def _bias(
-        self, node: onnx.NodeProto, added: Array | None, source: _Tensor, scales: Array, tag: int
+        self, node: onnx.NodeProto, added: Array | None, source: Int8Tensor, scales: Array, tag: int
     ) -> None:
         """int32 biases on the scale input × weight."""
         values: Array | None = added
@@ -352,7 +358,7 @@ class _Header:
         node, bounds, bias = self._unit(self.outputs[0])
         if node is None or node.op_type not in ("Gemm", "MatMul") or bounds != _UNBOUNDED:
             raise RunError(
-                f"output {self.outputs[0]!r}: a C header needs an int8 output or a product as "
+                f"output {self.outputs[0]!r}: the form needs an int8 output or a product as "
                 "the last layer"
             )
         source = self._int8(node.input[0], node)
@@ -365,7 +371,7 @@ class _Header:
 
     # writing
 
-    def _call(self, text: str, sources: list[_Tensor], result: _Tensor | None) -> None:
+    def _call(self, text: str, sources: list[Int8Tensor], result: Int8Tensor | None) -> None:
         self.calls.append((text, sources, result))
 
     def _array(self, kind: str, name: str, values: Array) -> None:
@@ -374,7 +380,7 @@ class _Header:
         body = ",\n    ".join(lines)
         self.arrays.append(f"static const {kind} {name}[{len(flat)}] = {{\n    {body}}};")
 
-    def _written(self, output: _Tensor | None, scales: Sequence[float]) -> str:
+    def _written(self, output: Int8Tensor | None, scales: Sequence[float]) -> str:
         first = self.tensors[next(
             n.output[0] for n in self.nodes
             if n.op_type == "QuantizeLinear" and n.input[0] in self.inputs
@@ -457,6 +463,7 @@ def _shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
     return {v.name: tuple(d.dim_value for d in v.type.tensor_type.shape.dim) for v in values}
 
 
-def _not_int8(node: onnx.NodeProto, reason: str) -> RunError:
+def not_int8(node: onnx.NodeProto, reason: str) -> RunError:
+    """The error that a node has no int8 form, and why."""
     name = node.name or node.output[0]
-    return RunError(f"layer {name!r} ({node.op_type}): {reason}: no C header")
+    return RunError(f"layer {name!r} ({node.op_type}): {reason}: no such form")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from autoquant.report.text import (
@@ -128,8 +128,14 @@ def _low_choice(layers: Sequence[Record]) -> str | None:
     )
 
 
-def front_markdown(front: Record) -> str:
-    """The front as a Markdown table, how to read it, and the command that exports a member."""
+def front_markdown(
+    front: Record, links: Mapping[int, str] | None = None, chosen: int | None = None
+) -> str:
+    """The front as a Markdown table, how to read it, and the command that exports a member.
+
+    ``links``: where a member's page is, by trial. ``chosen``: the trial that is registered.
+    """
+    links = links or {}
     name, percent = metric_of(front)
     unit = " (%)" if percent else ""
     headings = [
@@ -156,8 +162,9 @@ def front_markdown(front: Record) -> str:
         "```",
         "",
         "The artifact `front.html` is the report; the child runs are the trials, and those on "
-        "the front carry the tag `pareto = true`.",
+        "the front carry the tag `pareto = true` and hold their file and `candidate.json`.",
         "",
+        *_registered(front, links, chosen),
         _HOW_TO_READ,
         "",
         "| " + " | ".join(map(markdown_text, headings)) + " |",
@@ -165,8 +172,22 @@ def front_markdown(front: Record) -> str:
     ]
     for row in rows_of(front):
         cells = [markdown_text(plain(row[column])) for column in COLUMNS]
+        if row["trial"].isdecimal() and int(row["trial"]) in links:
+            cells[0] = f"[{cells[0]}]({links[int(row['trial'])]})"
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _registered(front: Record, links: Mapping[int, str], chosen: int | None) -> list[str]:
+    """Which member is a version of the registered model."""
+    if chosen is None or chosen not in links:
+        return []
+    return [
+        f"The knee, trial [{chosen}]({links[chosen]}), is registered as "
+        f"{markdown_text(front['task'])} under the alias `chosen`, with the session option that "
+        "it needs.",
+        "",
+    ]
 
 
 _HOW_TO_READ = (
