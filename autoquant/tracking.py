@@ -100,9 +100,10 @@ class MlflowTracker:
     ) -> None:
         """Tag the members, log front.json, front.html and the note, end the parent run, and wait.
 
-        ``note``: from the links to the members' runs, by trial, to Markdown. ``folder``: the run's, from which the members' files are logged.
-        ``chosen``: the trial to register as a model version with the alias ``chosen``.
-        ``status``: of the parent run, FINISHED or KILLED.
+        ``note``: from the links to the members' runs, by trial, to Markdown. ``folder``: the
+        run's, from which the members' files are logged. ``chosen``: the trial to register as a
+        model version with the alias ``chosen``. ``status``: of the parent run, FINISHED or
+        KILLED.
         """
         self._queue.put(lambda: self._finish(front, html, note, folder, chosen, status))
         self._drain()
