@@ -1,6 +1,6 @@
 """What each step of post-training quantization is worth: one at a time, on and off.
 
-    python benchmarks/ablation.py [NETWORK …] [--seeds N] [--steps "minmax;smooth .5"]
+    python benchmarks/ablation.py [NETWORK …] [--seeds N] [--first 0] [--steps "minmax;smooth .5"]
 
 About ten minutes on two idle cores. Every row changes one step of the default (second-order
 rounding with centred moments, bias shift and gain; ``mse`` ranges; no rescaling) and scores the
@@ -238,13 +238,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("networks", nargs="*", default=list(NETWORKS))
     parser.add_argument("--seeds", type=int, help="draws of calibration data")
+    parser.add_argument("--first", type=int, default=0, help="the first draw to run")
     parser.add_argument("--steps", help="separated by semicolons: measure these beside the default")
     options = parser.parse_args()
     steps = ["default", *options.steps.split(";")] if options.steps else list(STEPS)
     path = RESULTS / "ablation.json"
     rows = json.loads(path.read_text())["rows"] if path.is_file() else []
     for name in options.networks:
-        for seed in range(options.seeds or NETWORKS[name][1]):
+        for seed in range(options.first, options.seeds or NETWORKS[name][1]):
             found = measure(name, seed, steps)
             known = json.loads(path.read_text())["rows"] if path.is_file() else []
             again = {(r["network"], r["seed"], r["step"]) for r in found}
