@@ -291,6 +291,23 @@ def nondominated(points: Array) -> Array:
     return keep
 
 
+def ranked(points: Array) -> list[int]:
+    """Indices from the best to the worst: by front of non-domination, within one by how far the
+    neighbours are, the ends first (Deb et al. 2002). ``points``: rows to be minimized."""
+    left, order = np.arange(len(points)), list[int]()
+    while len(left):
+        first = left[nondominated(points[left])]
+        room = np.zeros(len(first))
+        for column in points[first].T:
+            by = np.argsort(column, kind="stable")
+            width = max(float(column[by[-1]] - column[by[0]]), 1e-12)
+            room[by[[0, -1]]] = np.inf
+            room[by[1:-1]] += (column[by[2:]] - column[by[:-2]]) / width
+        order += [int(i) for i in first[np.argsort(-room, kind="stable")]]
+        left = np.setdiff1d(left, first)
+    return order
+
+
 def hypervolume(points: Array, reference: Array) -> float:
     """Volume that ``points`` dominate below ``reference``; all columns are minimized.
 
@@ -351,6 +368,17 @@ def box_of(reference: Mapping[str, float], accuracy: float) -> tuple[Array, Arra
     corner = np.array([-v if n == "accuracy" else v for n, v in reference.items()])
     ideal = np.array([-accuracy if n == "accuracy" else 0.0 for n in reference])
     return corner, ideal
+
+
+def best_of(results: Sequence[TrialResult], objectives: Sequence[str]) -> list[TrialResult]:
+    """The scored results from the best to the worst by all objectives; see `ranked`."""
+    scored = [r for r in results if r.score is not None and r.predicted is not None]
+    rows = [
+        [-r.score.value if n == "accuracy" else float(getattr(r.predicted, n)) for n in objectives]
+        for r in scored
+        if r.score is not None
+    ]
+    return [scored[i] for i in ranked(np.array(rows).reshape(len(scored), len(objectives)))]
 
 
 def members_of(results: Sequence[TrialResult], objectives: Sequence[str]) -> list[Member]:

@@ -223,8 +223,14 @@ Values = Annotated[tuple[Any, ...], BeforeValidator(_listed)]
 
 class TrainingRanges(document.Document):
     """Values that training settings (`TrainingSettings`) may take, one or several of each; a
-    setting without values keeps its default."""
+    setting without values keeps its default.
 
+    ``halving``: ``steps`` are no choice but a ladder. Candidates are searched untrained; then the
+    better ones by all objectives train for the fewest steps, the better half of these for the
+    next, and so on; of other settings the first value holds.
+    """
+
+    halving: bool = False
     steps: Values = ()
     epochs: Values = ()
     batch_size: Values = ()
@@ -250,17 +256,25 @@ class TrainingRanges(document.Document):
                     raise ValueError(str(error).removeprefix("training: ")) from None
         if any(self.steps) and any(self.epochs):
             raise ValueError("give steps or epochs, not both")
+        if self.halving and not any(self.steps):
+            raise ValueError("halving needs steps, such as [100, 400]")
         return self
 
     def _given(self) -> list[tuple[str, tuple[Any, ...]]]:
-        each = [(name, getattr(self, name)) for name in type(self).model_fields]
+        each = [(n, getattr(self, n)) for n in type(self).model_fields if n != "halving"]
         return [(name, values) for name, values in each if values]
 
     def dimensions(self) -> dict[str, tuple[Any, ...]]:
         """``train:SETTING`` → its values; nothing where no step is offered."""
-        if not any(self.steps) and not any(self.epochs):
+        if self.halving or (not any(self.steps) and not any(self.epochs)):
             return {}
         return {f"train:{n}": tuple(dict.fromkeys(values)) for n, values in self._given()}
+
+    def ladder(self) -> list[dict[str, Any]]:
+        """The settings of each rung, the shortest first; none without ``halving``."""
+        rest = {n: values[0] for n, values in self._given() if n not in ("steps", "epochs")}
+        steps = sorted({n for n in self.steps if n}) if self.halving else []
+        return [{**rest, "steps": n} for n in steps]
 
 
 class Space(document.Document):

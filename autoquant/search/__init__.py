@@ -26,6 +26,7 @@ from autoquant.evaluate import Evaluator
 from autoquant.front import (
     Front,
     Member,
+    best_of,
     check_objectives,
     members_of,
     reference_point,
@@ -431,7 +432,10 @@ def _trials(
 ) -> None:
     """The sampler's trials, then polished members of the front; ``trials`` is the sum."""
     most = min(POLISHED + settings.trials // 100, settings.trials // 10)
+    rungs = settings.fixed_space().training.ladder()
     reserve = most if settings.polish else 0
+    ladder = _climbers(rungs, settings.trials // 3)
+    reserve += sum(ladder)
     if len(study.results) >= settings.trials:
         return
     bounds = executors.Bounds(settings.trial_timeout, settings.trial_memory)
@@ -440,8 +444,51 @@ def _trials(
         reason = _run(study, executor, settings, callbacks, settings.trials - reserve)
         if reserve == 0 or reason in ("timeout", "interrupted", "failing", "full"):
             return
-        if _polish(study, context, settings, objectives, callbacks, say, reserve):
+        going = not ladder or _climb(study, settings, objectives, callbacks, say, rungs, ladder)
+        if going and _polish(study, context, settings, objectives, callbacks, say, most):
             _run(study, executor, settings, callbacks, settings.trials)
+
+
+def _climbers(rungs: Sequence[Mapping[str, Any]], most: int) -> list[int]:
+    """Candidates on each rung, about half as many on the next, ``most`` in all: successive
+    halving (Jamieson & Talwalkar 2016)."""
+    shares = [0.5**i for i in range(len(rungs))]
+    return [max(1, int(most * s / sum(shares))) for s in shares][: max(most, 0)]
+
+
+def _climb(
+    study: Study,
+    settings: SearchSettings,
+    objectives: Sequence[str],
+    callbacks: Sequence[Callback],
+    say: Callable[[str], None],
+    rungs: Sequence[Mapping[str, Any]],
+    ladder: Sequence[int],
+) -> bool:
+    """Train the better candidates for a few steps and the best of those for more, ranked by all
+    objectives; whether the search goes on."""
+    seen = {r.candidate.key for r in study.results}
+    trained = [r for r in study.results if r.candidate.training]
+    found = [r for r in study.results if not r.candidate.training and not r.candidate.polish]
+    for rung, most in zip(rungs, ladder, strict=False):
+        found = best_of([r for r in found if r.status in ("complete", "infeasible")], objectives)
+        wanted = [replace(r.candidate, training=dict(rung)) for r in found[:most]]
+        fresh = [c for c in wanted if c.key not in seen]
+        fresh = fresh[: max(0, settings.trials - len(study.results))]
+        keys = {c.key for c in wanted}
+        if fresh:
+            say(f"training {len(fresh)} candidates for {rung['steps']} steps")
+        try:
+            for result in study.refine(fresh, 1, "training"):
+                trained.append(result)
+                for callback in callbacks:
+                    callback.trial(result)
+                if study.timed_out:
+                    return False
+        except KeyboardInterrupt:
+            return False
+        found = [r for r in trained if r.candidate.key in keys]
+    return study.full is None
 
 
 def _polish(
@@ -676,8 +723,8 @@ def _uniform_int8(context: Context) -> Candidate:
 
 
 def _kept(path: Path, member: Member, sha256: str | None) -> Artifact | None:
-    """A polished member's file, if it is whole: making it again would take its time."""
-    if not member.candidate.polish or not path.is_file():
+    """A polished or trained member's file, if it is whole: making it again would take its time."""
+    if not (member.candidate.polish or member.candidate.training) or not path.is_file():
         return None
     artifact = Artifact(member.candidate, path.read_bytes())
     return artifact if artifact.sha256 == sha256 else None

@@ -558,15 +558,21 @@ class Study:
         return None
 
     def polish(self, candidates: Sequence[Candidate], workers: int) -> Iterator[TrialResult]:
-        """Run the polished forms of candidates as trials of their own, here, and keep their
+        """Run the polished forms of candidates; see `refine`."""
+        return self.refine([replace(c, polish=True) for c in candidates], workers, "polish")
+
+    def refine(
+        self, candidates: Sequence[Candidate], workers: int, origin: str
+    ) -> Iterator[TrialResult]:
+        """Run candidates that no sampler proposed as trials of their own, here, and keep their
         files; ``workers`` at a time, in order."""
         first = len(self.study.get_trials(deepcopy=False))
 
         def run(index: int) -> TrialResult:
             number = first + index
             path = self.settings.folder / "artifacts" / f"{number}.onnx"
-            found, seed = replace(candidates[index], polish=True), self.settings.seed
-            return run_trial(self.context, found, number, seed, path, Against("polish"))
+            found, seed = candidates[index], self.settings.seed
+            return run_trial(self.context, found, number, seed, path, Against(origin))
 
         with ThreadPoolExecutor(max(1, workers)) as pool:
             futures = [pool.submit(run, index) for index in range(len(candidates))]

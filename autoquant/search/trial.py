@@ -311,7 +311,8 @@ def prepare(
     if found_space is not None:
         options = {**structural_options(found_space, graph, device), **options}
     example = tuple(to_numpy(value)[:1] for value in task.example_inputs)
-    trains = any(n.startswith("train:") for n in options) or (
+    offered_steps = bool(settings.training.ladder()) or any(n.startswith("train:") for n in options)
+    trains = offered_steps or (
         isinstance(space, Candidate) and not TrainingSettings.from_dict(space.training).is_off
     )
     if trains and task.train is None:
@@ -323,7 +324,7 @@ def prepare(
         tied=tied_groups(graph, settings, choices),
         forbidden=forbidden_pairs(settings, graph, choices),
         options=options,
-        variants=Variants(evidence, example, bare),
+        variants=Variants(evidence, example, bare, cache and cache / "training"),
         rounds_by_moments=rounds_by_moments,
         graph=graph,
         calibration=calibration.without_moments(),

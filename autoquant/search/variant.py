@@ -10,6 +10,7 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autoquant.calibration import Calibration, calibrate
@@ -130,7 +131,7 @@ class Variant:
             (polished, plain), key=lambda made: self.context.second(runtime.open(made.model))
         )
 
-    def trained(self, candidate: Candidate, task: Task) -> Variant:
+    def trained(self, candidate: Candidate, task: Task, checkpoints: Path | None) -> Variant:
         """What training makes of a candidate in the names of this graph, taught by the float
         network as it came where the settings say ``float``."""
         from autoquant.compress.qat import train
@@ -145,6 +146,7 @@ class Variant:
             self.context.hardware.dialect,
             task,
             teacher=GraphNetwork(self.context.graph),
+            checkpoints=checkpoints,
         )
         structured = replace(self.structured, graph=result.graph)
         return Variant(self.context, structured, (result.calibration, result.bank))
@@ -155,12 +157,14 @@ class Variants:
     """The variants of a context: structures by key, the latest kept; pickles without them.
 
     ``evidence``: None where the context was prepared for no structure. ``task``: the task with no
-    data but what it trains on, and that only where training is offered.
+    data but what it trains on, and that only where training is offered. ``checkpoints``: the
+    folder where a longer training finds the shorter one that it continues.
     """
 
     evidence: Evidence | None
     example: tuple[Array, ...]
     task: Task
+    checkpoints: Path | None = None
     graphs: OrderedDict[str, Structured] = field(default_factory=OrderedDict)
     held: OrderedDict[str, Variant] = field(default_factory=OrderedDict)
 
@@ -168,7 +172,8 @@ class Variants:
         self.lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"evidence": self.evidence, "example": self.example, "task": self.task}
+        names = ("evidence", "example", "task", "checkpoints")
+        return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -194,7 +199,9 @@ class Variants:
         if found is None:
             if self.task.train is None:
                 raise TaskError(f"task {self.task.name!r} has no train data; give Task(…, train=…)")
-            found = variant.trained(variant.structured.choices(candidate), self.task)
+            found = variant.trained(
+                variant.structured.choices(candidate), self.task, self.checkpoints
+            )
         with self.lock:
             self.held[key] = found
             self.held.move_to_end(key)
