@@ -13,6 +13,7 @@ import yaml
 
 from autoquant import report
 from autoquant.candidate import Candidate
+from autoquant.compress import structure
 from autoquant.compress.lower import lower
 from autoquant.cost.table import TableModel, to_profile
 from autoquant.errors import ModelError, RunError, TaskError
@@ -203,7 +204,8 @@ def inspect(
     space: str | Space = "mixed",
     progress: bool = False,
 ) -> dict[str, Any]:
-    """The layers of a task's network, with shapes, MACs and sensitivity.
+    """The layers of a task's network, with shapes, MACs and sensitivity, and what can become of
+    its structure: the channel groups, the blocks that can be dropped, the layers' full ranks.
 
     A layer's ``sensitivity`` maps each choice of ``space`` to the divergence of the network's
     outputs that it alone causes, by the cheapest sound estimator: ``fisher`` for a torch module,
@@ -239,6 +241,7 @@ def inspect(
         "parameters": sum(layer.parameters for layer in graph.layers),
         "sensitivity": about,
         "layers": layers,
+        **structure.to_dict(graph),
     }
 
 

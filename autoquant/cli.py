@@ -479,16 +479,20 @@ def inspect(
     ] = True,
     as_json: Json = False,
 ) -> None:
-    """Show the layers of a task's network: shapes, MACs, sensitivity."""
+    """Show a network's layers (shapes, MACs, sensitivity), channel groups and blocks."""
     from autoquant import api
 
     found = api.inspect(task, data, sensitivity=sensitivity, space=space, progress=True)
     if as_json:
         _print_json(found)
         return
-    from autoquant.report import layers_table
+    from autoquant.report import groups_table, layers_table
 
     _print_table(layers_table(found["layers"]))
+    if found["groups"]:
+        _print_table(groups_table(found["groups"]))
+    if found["blocks"]:
+        typer.echo(f"blocks that can be dropped: {', '.join(found['blocks'])}")
 
 
 @app.command()

@@ -15,7 +15,7 @@ import math
 import platform
 import tempfile
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -154,6 +154,11 @@ def export(
         **extra,
     }
     nodes = {node.name: node for node in model.graph.node}
+    kinds = {
+        layer: nodes[name].op_type
+        for name, (layer, _) in _stored(nodes, member.candidate).items()
+        if name in nodes
+    }
     manifest = Manifest(
         format=FORMAT,
         autoquant=describe_environment()["versions"]["autoquant"],
@@ -170,7 +175,7 @@ def export(
         session_config=dict(SESSION_CONFIG),
         layers={
             name: LayerSpec(
-                kind=nodes[name].op_type if name in nodes else "missing",
+                kind=kinds.get(name, "dropped" if member.candidate.is_structural else "missing"),
                 weight_bits=choice.weight_bits,
                 activation_bits=choice.activation_bits,
             )
@@ -788,22 +793,36 @@ def _interface_problems(model: onnx.ModelProto, size: int, manifest: Manifest) -
     return problems
 
 
+def _stored(nodes: Container[str], candidate: Candidate) -> dict[str, tuple[str, LayerChoice]]:
+    """Layer of the file → the candidate's layer, and the choice it has: the pieces of a
+    factorized layer each, and none of what a structure leaves out."""
+    found: dict[str, tuple[str, LayerChoice]] = {}
+    for layer, choice in candidate.layers.items():
+        pieces = [f"{layer}.{i}" for i in range(3) if f"{layer}.{i}" in nodes]
+        if layer in candidate.rank and pieces and layer not in nodes:
+            found.update({p: (layer, candidate.layers.get(p, choice)) for p in pieces})
+        elif layer in nodes or not candidate.is_structural:
+            found[layer] = layer, choice
+    return found
+
+
 def _layer_problems(model: onnx.ModelProto, candidate: Candidate, manifest: Manifest) -> list[str]:
     """Differences between layers as the file stores them and as the candidate says."""
+    nodes = {node.name: node for node in model.graph.node}
+    stored = _stored(nodes, candidate)
     try:
-        found = read_bits(model, candidate.layers)
-        weights = stored_weights(model, candidate.layers)
+        found = read_bits(model, stored)
+        weights = stored_weights(model, stored)
     except PackageError as error:
         return [f"model.onnx: {error}"]
     except Exception as error:  # a graph that autoquant did not write
         return [f"model.onnx: its layers cannot be read back: {_one_line(error)}"]
-    nodes = {node.name: node for node in model.graph.node}
     problems = []
-    for name, choice in candidate.layers.items():
+    for name, (layer, choice) in stored.items():
         where, node = f"model.onnx: layer {name!r}", nodes[name]
         weight_bits, activation_bits = found[name]
-        if node.op_type != manifest.layers[name].kind:
-            kind = manifest.layers[name].kind
+        if node.op_type != manifest.layers[layer].kind:
+            kind = manifest.layers[layer].kind
             problems.append(f"{where} is a {node.op_type}, the manifest says {kind}")
         if (node.op_type == "MatMulNBits") != choice.nbits:
             problems.append(f"{where}: n-bit kernel or not: not as candidate.yaml says")

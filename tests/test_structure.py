@@ -17,6 +17,7 @@ from test_prune import evidence
 from autoquant.candidate import FLOAT, Candidate, LayerChoice
 from autoquant.compress.structure import drop, droppable, structured, to_dict
 from autoquant.errors import CandidateError, SpaceError, TaskError
+from autoquant.export import export, verify
 from autoquant.graph import Graph
 from autoquant.search import SearchSettings, search
 from autoquant.search.trial import Context, prepare, run_trial
@@ -285,7 +286,13 @@ def test_a_search_over_structures_verifies_its_front(tmp_path: Path) -> None:
             hardware="cortex-m7-cmsis-nn",
         ),
     )
-    assert any(m.candidate.is_structural for m in front.members)
+    structural = [m for m in front.members if m.candidate.is_structural]
+    factorized = [m for m in structural if m.candidate.rank]
+    for number, member in enumerate([structural[0], *factorized[:1]]):
+        package = export(member, tmp_path / f"package{number}", front=front)
+        assert verify(package)  # the file's layers, pieces too, are what candidate.yaml says
+        text = (package / "candidate.yaml").read_text(encoding="utf-8")
+        assert "pruning" in text and member.key in (package / "manifest.json").read_text()
     assert all(m.verified is not None for m in front.members)
     assert FLOAT not in front.members[-1].candidate.layers.values()
 

@@ -6,7 +6,13 @@ needs the objects that made it.
 
 from autoquant.report.compare import choice_lines, compare_fronts, compare_table
 from autoquant.report.page import compare_html, front_html
-from autoquant.report.tables import front_markdown, front_table, layers_table, status_table
+from autoquant.report.tables import (
+    front_markdown,
+    front_table,
+    groups_table,
+    layers_table,
+    status_table,
+)
 
 __all__ = [
     "choice_lines",
@@ -16,6 +22,7 @@ __all__ = [
     "front_html",
     "front_markdown",
     "front_table",
+    "groups_table",
     "layers_table",
     "status_table",
 ]

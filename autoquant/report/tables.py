@@ -116,6 +116,29 @@ def layers_table(layers: Sequence[Record]) -> Table:
     return table
 
 
+def groups_table(groups: Sequence[Record]) -> Table:
+    """The channel groups of a network: how many units each has, which layers make its channels
+    and which read them.
+
+    Keys read: name, units, channels, makers, readers; a missing one shows as a dash.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("channel group", no_wrap=True, overflow="fold")
+    for heading in ("units", "channels"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("made by", "read by"):
+        table.add_column(heading, overflow="fold")
+    for group in groups:
+        cells = [str(group.get(key, MISSING)) for key in ("name", "units", "channels")]
+        cells += [", ".join(group.get(key, [MISSING])) for key in ("makers", "readers")]
+        table.add_row(*map(Text, cells))
+    return table
+
+
 def _low_choice(layers: Sequence[Record]) -> str | None:
     """The choice nearest to 4 bits among those that most layers' sensitivity has."""
     counts = Counter(choice for layer in layers for choice in layer.get("sensitivity", {}))
