@@ -11,7 +11,7 @@ from small_task import SPACE, context
 from test_study import Fake, open_study, settings
 
 from autoquant.candidate import FLOAT, Candidate, LayerChoice
-from autoquant.search.dimensions import candidate_of, option_of
+from autoquant.search.dimensions import candidate_of, option_of, structural_starts
 from autoquant.search.study import Study, read_trials
 
 DIMENSIONS: dict[str, tuple[Any, ...]] = {
@@ -74,3 +74,19 @@ def test_a_study_proposes_records_and_resumes_all_dimensions(tmp_path: Path, sam
     again = Study(small, settings(tmp_path, sampler=sampler, trials=25), True)
     assert again.run(Fake(small), []) == "trials"
     assert len({r.candidate.key for r in again.results}) == 25
+
+
+def test_a_study_starts_with_structures_of_one_kind() -> None:
+    base = Candidate({"conv": LayerChoice(8, 8)})
+    options = {n: c for n, c in DIMENSIONS.items() if n != "conv"}
+    found = structural_starts(base, options)
+    parts = [(dict(c.pruning), dict(c.rank), c.drop) for c in found]
+    assert parts == [
+        ({"conv": 0.25, "stage:2": 0.5}, {}, ()),
+        ({"conv": 0.5, "stage:2": 0.5}, {}, ()),
+        ({}, {"conv": 8}, ()),
+        ({}, {"conv": "separable"}, ()),
+        ({}, {"conv": "cp:4"}, ()),
+        ({}, {}, ("block",)),
+    ]
+    assert all(c.layers == base.layers and c.training is None for c in found)

@@ -36,6 +36,7 @@ from autoquant.hardware import Hardware, load_hardware
 from autoquant.result import Latency, TrialResult
 from autoquant.runtime import RUNTIMES, measure
 from autoquant.search import executor as executors
+from autoquant.search.dimensions import structural_starts
 from autoquant.search.run import Run, describe_environment, open_run, without_password, write_json
 from autoquant.search.sensitivity import Sensitivity
 from autoquant.search.sensitivity import priors as priors_of
@@ -405,7 +406,11 @@ def first_candidates(
 ) -> list[tuple[str, Candidate]]:
     """Those of another run, uniform candidates, then the best under the priors' mean at a spread
     of budgets, and where there are several priors, fewer under each."""
-    found = [*start, *(("uniform", c) for c in uniform_candidates(context.choices))]
+    uniform = uniform_candidates(context.choices)
+    found = [*start, *(("uniform", c) for c in uniform)]
+    widest = [c for c in uniform if not all(x.is_float for x in c.layers.values())][:1]
+    for base in widest if context.options else ():
+        found += [("uniform", c) for c in structural_starts(base, context.options)]
     tables = [(mean_of(priors), 14, 8)]
     if len(priors) > 1:
         tables = [(mean_of(priors), 10, 6), *((t, 5, 3) for t in list(priors.values())[:3])]

@@ -103,3 +103,25 @@ def option_of(candidate: Candidate, dimension: str, options: tuple[Any, ...]) ->
     else:
         found = candidate.importance
     return found if found in options else options[-1]
+
+
+def structural_starts(base: Candidate, options: Options) -> list[Candidate]:
+    """A candidate with structures of one kind alike: all groups at their mildest ratio, then at
+    the next, as far as any goes; the same with ranks; each block dropped alone."""
+    found = []
+    for kind in ("prune", "rank"):
+        own = {n: c for n, c in options.items() if n.startswith(f"{kind}:") and len(c) > 1}
+        for step in range(2, max(map(len, own.values()), default=0) + 1):
+            picks = {n: c[max(len(c) - step, 0)] for n, c in own.items()}
+            found.append(candidate_of({**_rest(options), **base.layers, **picks}))
+    found += [
+        candidate_of({**_rest(options), **base.layers, name: True})
+        for name, offered in options.items()
+        if name.startswith("drop:") and True in offered
+    ]
+    return list(dict.fromkeys(found))
+
+
+def _rest(options: Options) -> dict[str, Any]:
+    """The last of structures, the first of training: none where it is offered."""
+    return {n: c[0 if n.startswith("train:") else -1] for n, c in options.items()}
