@@ -5,11 +5,26 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
+
+from autoquant.calibration import calibrate
+from autoquant.candidate import Candidate, LayerChoice
+from autoquant.compress import compress
+from autoquant.compress.bank import Bank
+from autoquant.compress.channels import Channels
+from autoquant.compress.factorize import can_factorize, full_rank, is_pointwise
+from autoquant.compress.lower import lower
+from autoquant.compress.prune import Evidence
+from autoquant.compress.structure import droppable, structured
+from autoquant.runtime import OnnxRuntime
+from autoquant.task import Split
+from autoquant.tasks import load_task
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("AUTOQUANT_DATA") or ROOT.parent / "shared" / "data")
@@ -77,3 +92,43 @@ def test_files_shrink_with_their_bits(measured: tuple[str, dict[str, Any]]) -> N
     sizes = [found["size_bytes"][bits] for bits in (2, 3, 4, 8, "float")]
     assert sizes == sorted(sizes) and len(set(sizes)) == 5
     assert found["size_prediction_worst"] < 0.01
+
+
+@pytest.mark.parametrize(
+    "spec", ["cifar10.py:resnet8", "imagenet.py:efficientnet_lite0", "stsb.py:minilm"]
+)
+def test_every_structure_runs(spec: str) -> None:
+    """Pruning (heads and hidden widths, depthwise), low rank, dropped blocks, and all at a time:
+    smaller, quantized at 8 bits, of the same output shape, and finite."""
+    task = load_task(str(ROOT / "benchmarks" / "tasks" / spec))
+    graph = lower(task)
+    rows = tuple(tuple(a[:16] for a in batch) for batch in task.split("calibration").batches[:1])
+    split = Split("calibration", rows, None, len(rows[0][0]))
+    moments = calibrate(graph, split, moments=True).moments
+    evidence = Evidence(graph, moments, rows, task.metric == "top1")
+    example = [np.asarray(value)[:1] for value in task.example_inputs]
+    expected = OnnxRuntime().open(graph.model.SerializeToString()).run(rows[0])[0]
+    quarter = dict.fromkeys(Channels(graph).groups, 0.25)
+    half = {
+        x.name: max(1, full_rank(x) // 2)
+        for x in graph.layers
+        if can_factorize(x) and "0" in x.name
+    }
+    kernels = [n for n in half if not is_pointwise(graph.by_name[n])][:2]
+    last = tuple(droppable(graph))[-1:]
+    found = [
+        Candidate(pruning=quarter, importance="taylor"),
+        Candidate(rank=half),
+        Candidate(rank=dict(zip(kernels, ("cp:4", "separable"), strict=False))),
+        Candidate(drop=last),
+        Candidate(pruning=quarter, rank=half, drop=last),
+    ]
+    for candidate in (c for c in found if c.is_structural):
+        made = structured(graph, candidate, evidence, example)
+        assert made.graph.macs < graph.macs
+        uniform = dict.fromkeys((x.name for x in graph.layers), LayerChoice(8, 8))
+        choices = made.choices(replace(candidate, layers=uniform))
+        calibration = calibrate(made.graph, split)
+        artifact = compress(made.graph, choices, calibration, Bank(made.graph), "onnxruntime")
+        outputs = OnnxRuntime().open(artifact.model).run(rows[0])[0]
+        assert outputs.shape == expected.shape and np.isfinite(outputs).all()

@@ -188,12 +188,12 @@ def _new_shape(c: Channels, node: onnx.NodeProto, gone: Collection[int]) -> dict
     if node.input[1] in c.graph.initializers:
         given = c.graph.array(node.input[1]).tolist()
         made = [n if v > 0 else v for n, v in zip(counts, given, strict=True)]
-    else:
-        made, same = [], True
-        for i, count in enumerate(counts):
-            same = same and i < len(before) and np.array_equal(before[i], after[i])
-            made.append(0 if same else count)
-    return {1: np.array(made, np.int64)}
+        return {1: np.array(made, np.int64)}
+    made, same = [], True
+    for i, count in enumerate(counts):
+        same = same and i < len(before) and np.array_equal(before[i], after[i])
+        made.append(0 if same else count)
+    return {1: np.array(made, np.int64), "allowzero": None}  # a zero copies
 
 
 def _new_slice(c: Channels, node: onnx.NodeProto, gone: Collection[int]) -> dict[int | str, Any]:
