@@ -419,7 +419,13 @@ def test_profile_measures_into_a_file(
 @pytest.mark.parametrize(
     ("command", "names"),
     [
-        ("spaces", {"int8", "low-bit", "mixed", "weight-only"}),
+        (
+            "spaces",
+            {
+                "int8", "low-bit", "mixed", "weight-only", "joint", "prune-then-quantize",
+                "distil",
+            },
+        ),
         (
             "hardware",
             {
@@ -541,7 +547,7 @@ def test_a_layer_that_a_space_names_must_exist(
         ("layers: {first: {weight_bits: 9}}", "layer 'first': weight_bits is 9"),
         ("layers: {first: {bits: 8}}", "unknown field 'bits'"),
         ("layer: {}", "unknown field 'layer'; did you mean 'layers'"),
-        ("pruning: {g: 0.5}", "'pruning' is not supported"),
+        ("pruning: {frist: 0.5}", "unknown channel group 'frist'; did you mean 'first'"),
         ("[]", "expected a mapping"),
         ("{", "not YAML"),
     ],
