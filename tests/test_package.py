@@ -25,6 +25,7 @@ OPTIONS = {
         "--storage", "--sampler", "--seed", "--name", "--runs-dir", "--tracking-uri", "--resume",
         "--config", "--data", "--json",
     },
+    "status": {"--json", "--runs-dir"},
     "front": {"--json", "--runs-dir"},
     "compare": {"-o", "--json", "--runs-dir"},
     "export": {
@@ -132,6 +133,7 @@ def test_every_option_of_the_contract_exists(command: str) -> None:
 def test_only_the_documented_arguments_are_required() -> None:
     required = {n: {p.name for p in c.params if p.required} for n, c in COMMANDS.items()}
     assert {n: found for n, found in required.items() if found} == {
+        "status": {"run"},
         "front": {"run"},
         "compare": {"runs"},
         "export": {"run", "output"},
