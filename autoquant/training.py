@@ -57,7 +57,6 @@ class TrainingSettings:
     layers whose outputs follow the teacher's through a learned projection (Romero et al.
     2015), ``NAME`` or ``NAME=TEACHER'S NAME``, with ``hint_weight``. ``relation_weight``: of
     the distances between the outputs of a batch's samples (Park et al. 2019).
-    ``start``: key of the trained candidate of the same run that it starts from.
     """
 
     steps: int = 0
@@ -76,7 +75,6 @@ class TrainingSettings:
     hint_weight: float = 1.0
     relation_weight: float = 0.0
     seed: int = 0
-    start: str | None = None
 
     def __post_init__(self) -> None:
         for name, valid in _NAMES.items():
@@ -99,8 +97,6 @@ class TrainingSettings:
         if not isinstance(hints, (tuple, list)) or not all(isinstance(h, str) for h in hints):
             raise CandidateError(f"training: hints is {self.hints!r}; it can be names of layers")
         object.__setattr__(self, "hints", tuple(hints))
-        if self.start is not None and not isinstance(self.start, str):
-            raise CandidateError(f"training: start is {self.start!r}; it can be a trial's key")
 
     @property
     def is_off(self) -> bool:
