@@ -323,7 +323,7 @@ class MlflowTracker:
 
                 path = Path(temporary) / "model"
                 mlflow.onnx.save_model(
-                    onnx.load(folder / member["artifact"]),
+                    _checked(onnx.load(folder / member["artifact"])),
                     str(path),
                     onnx_execution_providers=["CPUExecutionProvider"],
                     onnx_session_options={"extra_session_config": dict(SESSION_CONFIG)},
@@ -358,6 +358,15 @@ class MlflowTracker:
             batch = entries[begin : begin + _PARAMS_A_BATCH]
             self._client.log_batch(run, numbers, batch, labels, synchronous=True)
             numbers, labels = [], []
+
+
+def _checked(model: Any) -> Any:
+    """The model with shapes of its outputs, which MLflow's loader asks for."""
+    import onnx
+
+    if all(output.type.tensor_type.HasField("shape") for output in model.graph.output):
+        return model
+    return onnx.shape_inference.infer_shapes(model)
 
 
 def view_state(parent: str, objectives: Sequence[str]) -> dict[str, Any]:
