@@ -152,12 +152,13 @@ def export(
     """
     from autoquant.export import export as write_package
 
-    package = write_package(member, folder, precompiled=precompiled)
-    if member.folder is not None:
-        runs_dir = member.folder.parent
+    front = None if member.folder is None else Front.read(member.folder)
+    package = write_package(member, folder, front=front, precompiled=precompiled)
+    if front is not None and front.folder is not None:
+        runs_dir = front.folder.parent
         if tracking_uri or (runs_dir / "mlflow.db").is_file():
             tracker = MlflowTracker(tracking_uri, runs_dir)
-            tracker.choose(Front.read(member.folder).to_dict(), member.folder, member.trial)
+            tracker.choose(front.to_dict(), front.folder, member.trial)
     return package
 
 

@@ -75,14 +75,7 @@ class MlflowTracker:
         ``study`` is the content of ``study.yaml``. With ``resume`` the latest parent run of that
         name goes on, and trials that it has already are not logged again.
         """
-        try:
-            _quiet_mlflow()  # imported here: imports in two threads can deadlock
-        except Exception as error:
-            self._give_up(error)
-            return
-        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
-        self._thread.start()
-        self._queue.put(lambda: self._start(study, resume))
+        self._begin(lambda: self._start(study, resume))
 
     def trial(self, result: Mapping[str, Any]) -> None:
         """Log a finished trial as a child run; ``result`` is ``TrialResult.to_dict()``."""
@@ -110,20 +103,23 @@ class MlflowTracker:
 
     def choose(self, front: Mapping[str, Any], folder: Path, trial: int) -> None:
         """Register another member of a finished search as the chosen one, and wait."""
-        try:
-            _quiet_mlflow()
-        except Exception as error:
-            self._give_up(error)
-            return
-        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
-        self._thread.start()
-        self._queue.put(lambda: self._choose(front, folder, trial))
+        self._begin(lambda: self._choose(front, folder, trial))
         self._drain()
 
     def fail(self, status: str = "KILLED") -> None:
         """End the parent run without a front, as KILLED (interrupted) or FAILED, and wait."""
         self._queue.put(lambda: self._client.set_terminated(self._parent, status.upper()))
         self._drain()
+
+    def _begin(self, job: Callable[[], None]) -> None:
+        try:
+            _quiet_mlflow()  # imported here: imports in two threads can deadlock
+        except Exception as error:
+            self._give_up(error)
+            return
+        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
+        self._thread.start()
+        self._queue.put(job)
 
     # -- the thread ------------------------------------------------------------------------
 
@@ -155,16 +151,11 @@ class MlflowTracker:
         self._experiment = self._open_experiment(str(study["task"]))
         user = _user()
         if resume:
-            runs = client.search_runs(
-                [self._experiment],
-                f"tags.`{_RUN}` = {_quoted(name)} and tags.`mlflow.user` = {_quoted(user)}",
-                max_results=1,
-                order_by=["attributes.start_time DESC"],
-            )
-            if runs:
-                self._parent = runs[0].info.run_id
+            self._parent = self._latest(name, f" and tags.`mlflow.user` = {_quoted(user)}")
+            if self._parent:
                 client.update_run(self._parent, status="RUNNING")
-                self._read_children()
+                for cut_off in self._read_children():
+                    client.delete_run(cut_off)
         if not self._parent:
             tags = {_RUN: name, "mlflow.user": user, "mlflow.source.name": "autoquant search"}
             run = client.create_run(self._experiment, tags=tags, run_name=name)
@@ -193,15 +184,28 @@ class MlflowTracker:
             self._client.restore_experiment(found.experiment_id)
         return str(found.experiment_id)
 
-    def _read_children(self) -> None:
+    def _latest(self, name: str, more: str = "") -> str:
+        """The latest parent run of a name; "" where there is none."""
+        runs = self._client.search_runs(
+            [self._experiment],
+            f"tags.`{_RUN}` = {_quoted(name)}{more}",
+            max_results=1,
+            order_by=["attributes.start_time DESC"],
+        )
+        return str(runs[0].info.run_id) if runs else ""
+
+    def _read_children(self) -> list[str]:
+        """Learn of the parent's trials; returns the runs that are still being written."""
+        unfinished = []
         for run in _search_all(self._client, self._experiment, self._parent):
-            if run.info.status == "RUNNING":  # cut off while it was written
-                self._client.delete_run(run.info.run_id)
+            if run.info.status == "RUNNING":
+                unfinished.append(run.info.run_id)
             elif run.data.tags.get(_TRIAL, "").isdigit():
                 number = int(run.data.tags[_TRIAL])
                 self._children[number] = run.info.run_id
                 if run.data.tags.get(_PARETO) == "true":
                     self._pareto.add(number)
+        return unfinished
 
     def _trial(self, result: Mapping[str, Any], end: int) -> None:
         number, status = int(result["trial"]), str(result["status"])
@@ -290,16 +294,11 @@ class MlflowTracker:
         found = self._client.get_experiment_by_name(str(front["task"]))
         if found is None:  # searched without tracking, or tracked elsewhere
             return
-        runs = self._client.search_runs(
-            [found.experiment_id],
-            f"tags.`{_RUN}` = {_quoted(str(front['run']))}",
-            max_results=1,
-            order_by=["attributes.start_time DESC"],
-        )
-        if not runs:
+        self._experiment = str(found.experiment_id)
+        self._parent = self._latest(str(front["run"]))
+        if not self._parent:
             return
-        self._experiment, self._parent = found.experiment_id, runs[0].info.run_id
-        self._read_children()
+        self._read_children()  # a search that resumes may be writing there: nothing is deleted
         member = next(m for m in front["members"] if int(m["trial"]) == trial)
         if trial in self._children:
             self._register(front, member, folder)

@@ -227,9 +227,15 @@ def check_view(browser: Browser, address: str, uri: str, run: Front, folder: Pat
     link = page.get_by_role("link", name=str(member.trial), exact=True).first
     link.wait_for(timeout=SECONDS)
     page.screenshot(path=folder / "note.png", full_page=True)
-    target = link.get_attribute("href")  # MLflow may open it in a tab of its own
-    assert target is not None and parent not in target
-    child = re.split(r"[/?]", target.rpartition("/runs/")[2])[0]
+    with page.context.expect_page() as opened_tab:  # MLflow opens it in a tab of its own
+        link.click()
+    tab = opened_tab.value
+    tab.wait_for_url("**/runs/*", timeout=SECONDS)
+    child = re.split(r"[/?]", tab.url.rpartition("/runs/")[2])[0]
+    assert child != parent
+    tab.get_by_text("Artifacts", exact=True).first.click(timeout=SECONDS)
+    tab.get_by_text("candidate.json").first.wait_for(timeout=SECONDS)
+    tab.screenshot(path=folder / "member.png")
     page.goto(f"{base}/{parent}/artifacts/front.html")
     inner = page.frame_locator("iframe").first
     inner.locator("#chosen-title").wait_for(timeout=SECONDS)
