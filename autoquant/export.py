@@ -924,7 +924,8 @@ def _compare_outputs(
     rows = len(arrays[manifest.inputs[0].name]) if manifest.inputs else 0
     if exact:
         return f"{rows} samples give exactly the recorded outputs"
-    return f"{rows} samples within {worst:.3g} of the outputs recorded on {manifest.machine['cpu']}"
+    there = f"{manifest.machine['cpu']}, onnxruntime {manifest.machine['onnxruntime']}"
+    return f"{rows} samples within {worst:.3g} of the outputs recorded on {there}"
 
 
 def _format_detail(

@@ -227,7 +227,8 @@ class TrainingRanges(document.Document):
 
     ``halving``: ``steps`` are no choice but a ladder. Candidates are searched untrained; then the
     better ones by all objectives train for the fewest steps, the better half of these for the
-    next, and so on; of other settings the first value holds.
+    next, and so on; of other settings the first value holds. A task without train data
+    trains none.
     """
 
     halving: bool = False

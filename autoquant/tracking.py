@@ -270,6 +270,11 @@ class MlflowTracker:
             "trials": front.get("trials"),
             "seconds": front.get("seconds"),
             **{f"float_{name}": value for name, value in front["baseline"].items()},
+            **{
+                f"int8_{'test_' if name == 'accuracy' else ''}{name}": value
+                for name, value in front["baseline"].get("uniform_int8", {}).items()
+                if name in ("accuracy", "size_bytes") or name.startswith("latency")
+            },
         }
         runs = f"#/experiments/{self._experiment}/runs"
         text = note({n: f"{runs}/{self._children[n]}" for n in members if n in self._children})

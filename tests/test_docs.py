@@ -43,7 +43,7 @@ def follow(page: str, folder: Path) -> None:
     }
     for language, options, text in blocks(page):
         title = re.search(r'title="([^"]+)"', options)
-        if title:
+        if title and language != "bash":
             (folder / title[1]).write_text(text, encoding="utf-8")
         if language != "bash":
             continue
@@ -80,6 +80,17 @@ def test_the_quickstart_does_what_it_says(started: Path) -> None:
 def test_the_commands_of_a_page_run(started: Path, tmp_path: Path, page: str) -> None:
     shutil.copytree(started / "runs", tmp_path / "runs")
     follow(page, tmp_path)
+
+
+def test_five_commands_lead_to_a_package() -> None:
+    """The first is what the README sets up with; the others stand in a block that is run."""
+    page = "your-model.md"
+    text = (DOCS / page).read_text(encoding="utf-8")
+    first = re.search(r"five commands: `(pip install [^`]+)`", text)
+    assert first and first[1] in (ROOT / "README.md").read_text(encoding="utf-8")
+    block = next(t for x, options, t in blocks(page) if "four commands" in options and x == "bash")
+    lines = block.strip().splitlines()
+    assert len(lines) == 4 and "my_task.py" in lines[0] and "export" in lines[-2]
 
 
 def test_a_command_block_is_bash_and_so_is_run() -> None:

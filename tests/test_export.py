@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -311,6 +313,31 @@ def test_run_py_runs_alone(package: Path, tmp_path: Path) -> None:
     assert "max abs difference 10, tolerance" in done.stdout
 
 
+@pytest.mark.slow
+def test_it_runs_in_a_new_environment(original: Path, tmp_path: Path) -> None:
+    """Where nothing is installed but onnxruntime and numpy."""
+    place = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
+    python = place / ("Scripts" if os.name == "nt" else "bin") / "python"
+    version = f"onnxruntime=={importlib.metadata.version('onnxruntime')}"
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV"))}
+    command = [str(python), "-m", "pip", "install", "-q", version, "numpy"]
+    installed = subprocess.run(command, env=clean, capture_output=True, text=True, check=False)
+    if installed.returncode:
+        pytest.skip(f"pip reaches no package index: {installed.stderr.strip().splitlines()[-1]}")
+    found = subprocess.run(
+        [str(python), "-c", "import autoquant"], env=clean, cwd=tmp_path, capture_output=True,
+        check=False,
+    )  # fmt: skip
+    assert found.returncode != 0, "autoquant must not be there"
+    done = subprocess.run(
+        [str(python), str(original / "run.py")], env=clean, cwd=tmp_path, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+    assert "max abs difference 0" in done.stdout
+
+
 def test_the_readme_runs(original: Path) -> None:
     text = (original / "README.md").read_text()
     code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
@@ -606,6 +633,27 @@ TAMPERED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another opset in the manifest": (
         lambda p: edit(p, lambda m: m.update(opset=22)),
         "model.onnx: opset: 21, the manifest says 22",
+    ),
+    "a model of a later opset than the runtime's": (
+        lambda p: (
+            change_model(p, lambda m: m.opset_import[0].__setattr__("version", 99)),
+            edit(p, lambda m: m.update(opset=99)),
+        ),
+        "model.onnx: .*opset",
+    ),
+    "a model of a later IR than the runtime's": (
+        lambda p: (
+            change_model(p, lambda m: m.__setattr__("ir_version", 99)),
+            edit(p, lambda m: m.update(ir_version=99)),
+        ),
+        "model.onnx: .*IR version",
+    ),
+    "outputs that another onnxruntime recorded": (
+        lambda p: (
+            edit(p, lambda m: m["machine"].update(onnxruntime="1.0.0")),
+            change_sample(p, lambda a: a["scores"].__imul__(np.float32(1.5))),
+        ),
+        "sample.npz: output 'scores' of model.onnx differs",
     ),
     "another size in the manifest": (
         lambda p: edit(p, lambda m: m.update(size_bytes=1)),

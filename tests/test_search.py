@@ -40,6 +40,7 @@ from autoquant.errors import (
     UserError,
 )
 from autoquant.front import Front
+from autoquant.report.text import reference_rows
 from autoquant.result import COST_NAMES, STATUSES, TrialResult
 from autoquant.search import SearchSettings, search
 from autoquant.search import trial as trials
@@ -173,6 +174,9 @@ def test_uniform_int8_is_measured_beside_float(finished: tuple[Path, Front]) -> 
     found = front.baseline["uniform_int8"]
     assert found["latency_ms"] > 0 and found["rounds"] == front.baseline["rounds"]
     assert found["predicted_latency_ms"] is None or found["predicted_latency_ms"] > 0
+    assert found["split"] == "test" and 0 < found["size_bytes"] < front.baseline["size_bytes"]
+    assert found["accuracy"] == pytest.approx(front.baseline["test_accuracy"] - found["drop"])
+    assert reference_rows(front.to_dict())[1]["trial"] == "8/8"
 
 
 def test_members_are_verified_on_the_test_split(finished: tuple[Path, Front]) -> None:

@@ -47,6 +47,7 @@ _NBITS = [
 PRECISIONS = {"float": FLOAT, "int8": INT8, "dynamic": LayerChoice(8, 8, dynamic=True)}
 PRECISIONS |= {nbits_mode(choice): choice for choice in _NBITS}
 _DENSE = ("Gemm", "MatMul")
+HELD_OUT = 8  # mixes that tell the error
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,8 @@ class TableModel:
     """Kernel times by layer signature and precision, and the coefficients around them.
 
     ``error``: mean absolute relative error on measured mixes that the fit on ``mixes`` others
-    has not seen. ``seconds``: what measuring took, 0 where the model was read.
+    has not seen; ``checks``: those, (predicted, measured) ms. ``seconds``: what measuring took,
+    0 where the model was read.
     """
 
     kernel_ms: Mapping[str, float]
@@ -64,6 +66,7 @@ class TableModel:
     batch: int
     threads: int
     seconds: float = field(default=0.0, compare=False)
+    checks: tuple[tuple[float, float], ...] = field(default=(), compare=False)
 
     def latency_ms(self, graph: Graph, candidate: Candidate, plan: Plan) -> float:
         """Predicted milliseconds of a planned candidate. Raises HardwareError."""
@@ -262,12 +265,14 @@ def measure_device(
     threads: int = 1,
     seed: int = 0,
     products: bool = False,
+    held_out: int = HELD_OUT,
 ) -> TableModel:
     """Time every distinct kernel of ``graph`` here, and mixes of it: fit the coefficients on
-    most of those, and find the error on the others.
+    those but ``held_out``, which tell the error.
 
-    ``inputs``: one batch at the size that the latency is for. ``products``: the products of
-    activations can be int8 too. Kernel times are cached on disk
+    All mixes are timed in the same rounds, since a machine's speed drifts. ``inputs``: one batch
+    at the size that the latency is for. ``products``: the products of activations can be int8
+    too. Kernel times are cached on disk
     by CPU, runtime version, threads and batch.
     """
     start = time.perf_counter()
@@ -277,7 +282,7 @@ def measure_device(
     kernel_ms = _kernel_table(graph, timed, precisions, batch, threads)
     lower = [p for p in precisions if p != "float"]
     mixes = _mixes(timed, lower, seed)
-    unseen = [x for x in _held_out(timed, lower, HELD_OUT, seed + 1) if x not in mixes]
+    unseen = [x for x in _held_out(timed, lower, held_out, seed + 1) if x not in mixes]
     features, sessions = [], {}
     for index, mix in enumerate((*mixes, *unseen)):
         where = plan(graph, resolve(graph, mix), dialect)
@@ -290,7 +295,8 @@ def measure_device(
     matrix = np.array([[f.get(name, 0.0) for name in names] for f in features])
     count = len(mixes)
     coefficients = _fit(matrix[:count], times[:count], names)
-    errors = np.abs(matrix[count:] @ coefficients / times[count:] - 1)
+    checks = np.column_stack([matrix @ coefficients, times])[count:]
+    errors = np.abs(checks[:, 0] / checks[:, 1] - 1)
     return TableModel(
         kernel_ms=kernel_ms,
         coefficients={n: float(c) for n, c in zip(names, coefficients, strict=True)},
@@ -299,10 +305,10 @@ def measure_device(
         batch=batch,
         threads=threads,
         seconds=time.perf_counter() - start,
+        checks=tuple((float(guess), float(found)) for guess, found in checks),
     )
 
 
-HELD_OUT = 8  # mixes that tell the error
 _NOISE = 0.01  # relative, of a measured mix
 # feature → what its coefficient usually is (ms), and how far off that may be, relatively
 _USUAL = {

@@ -38,9 +38,10 @@ from autoquant.report.text import (
     headline,
     headline_member,
     layer_names,
+    member_rows,
     metric_of,
     quantity,
-    rows_of,
+    reference_rows,
     split_of,
     structure_words,
 )
@@ -278,9 +279,8 @@ def _members_data(front: Record, names: Sequence[str]) -> dict[str, Any]:
     if not front["members"] or not names:
         return {"members": []}
     unit = " points" if metric_of(front)[1] else ""
-    rows = rows_of(front)[1:]
     members = []
-    for member, row in zip(front["members"], rows, strict=True):
+    for member, row in zip(front["members"], member_rows(front), strict=True):
         facts = [
             [f"{split_of(front)}", row["accuracy"]],
             ["drop", f"{row['drop']}{unit}"],
@@ -352,9 +352,12 @@ def _members_html(front: Record, names: Sequence[str]) -> str:
     ]
     words = ("layers (weight/activation bits)", "export")
     rows = []
-    members: list[Record | None] = [None, *front["members"]]
-    for member, row in zip(members, rows_of(front), strict=True):
-        figures = (member or {}).get("predicted") or front["baseline"]
+    rows_before = reference_rows(front)
+    members: list[Record | None] = [*[None] * len(rows_before), *front["members"]]
+    for member, row in zip(members, [*rows_before, *member_rows(front)], strict=True):
+        figures = (member or {}).get("predicted") or {}
+        if row["trial"] == "float":
+            figures = front["baseline"]
         cells = [f"<td>{escape(row[column])}</td>" for column in COLUMNS]
         cells += [f"<td>{escape(amount(cost, figures.get(cost)))}</td>" for cost in costs]
         if member is None:

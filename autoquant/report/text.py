@@ -42,9 +42,15 @@ COLUMNS = (
 
 
 def rows_of(front: Record) -> list[dict[str, str]]:
-    """The float network and then the members, as formatted cells."""
+    """The networks to compare with and then the members, as formatted cells."""
+    return [*reference_rows(front), *member_rows(front)]
+
+
+def reference_rows(front: Record) -> list[dict[str, str]]:
+    """The float network and, where it was measured, all layers at 8/8, as formatted cells."""
     _, percent = metric_of(front)
     baseline = front["baseline"]
+    int8 = baseline.get("uniform_int8")
     rows = [
         {
             "trial": "float",
@@ -58,6 +64,27 @@ def rows_of(front: Record) -> list[dict[str, str]]:
             "bits": "32",
         }
     ]
+    if int8:
+        rows.append(
+            {
+                "trial": "8/8",
+                "accuracy": MISSING,
+                "drop": "",
+                "test": figure_text(int8.get("accuracy"), percent),
+                "test_drop": with_error(int8, "drop", percent),
+                "predicted": digits(int8.get("predicted_latency_ms")),
+                "measured": measured_text(int8),
+                "size": amount("size_bytes", int8.get("size_bytes")),
+                "bits": "8",
+            }
+        )
+    return rows
+
+
+def member_rows(front: Record) -> list[dict[str, str]]:
+    """The members, as formatted cells."""
+    _, percent = metric_of(front)
+    baseline, rows = front["baseline"], []
     for member in front["members"]:
         verified = member.get("verified")
         predicted = member["predicted"]
@@ -153,7 +180,8 @@ def headline(front: Record) -> str:
     ratios = []
     if baseline.get("size_bytes"):
         ratio = baseline["size_bytes"] / member["predicted"]["size_bytes"]
-        ratios.append(f"its file is {ratio:.1f} times smaller than the float network's")
+        size = f"{ratio:.1f} times smaller than" if ratio >= 1.05 else "as large as"
+        ratios.append(f"its file is {size} the float network's")
     latency = (member.get("verified") or {}).get("latency_ms")
     kind = "measured"
     if latency is None:
@@ -161,6 +189,7 @@ def headline(front: Record) -> str:
     if latency and baseline.get("latency_ms"):
         ratio = baseline["latency_ms"] / latency
         words = f"{ratio:.1f} times faster" if ratio >= 1 else f"{1 / ratio:.1f} times slower"
+        words = words if abs(ratio - 1) >= 0.05 else "as fast"
         ratios.append(f"it runs {words} ({kind})")
     return text + (": " + " and ".join(ratios) if ratios else "") + "."
 

@@ -438,6 +438,9 @@ def _trials(
     """The sampler's trials, then polished members of the front; ``trials`` is the sum."""
     most = min(POLISHED + settings.trials // 100, settings.trials // 10)
     rungs = settings.fixed_space().training.ladder()
+    if rungs and (context.variants is None or context.variants.task.train is None):
+        say("the task has no train data: candidates stay untrained")
+        rungs = []
     reserve = most if settings.polish else 0
     ladder = _climbers(rungs, settings.trials // 3)
     reserve += sum(ladder)
@@ -653,9 +656,9 @@ def _verify(
 ) -> list[Member]:
     """Rebuild every member's file, score it on the test split and measure its latency.
 
-    ``baseline`` gets what the float network measures and, under ``uniform_int8``, all layers
-    at 8/8, in the same rounds. The latency of an analytic device stays null: this machine's would
-    be another device's.
+    ``baseline`` gets what the float network measures and, under ``uniform_int8``, what all
+    layers at 8/8 do: test score, size, latency in the same rounds. The latency of an analytic
+    device stays null: this machine's would be another device's.
     """
     here = context.hardware.latency == "measured"
     runtime = RUNTIMES[context.hardware.runtime]()
@@ -668,6 +671,13 @@ def _verify(
     baseline_model = float_model(context.original)
     int8 = _uniform_int8(context)
     models = {"float": baseline_model, "int8": context.compress(int8).model} if here else {}
+    if here:
+        beside: dict[str, Any] = {"size_bytes": len(models["int8"]), "predicted_latency_ms": None}
+        if test is not None:
+            beside |= test.score(runtime.open(models["int8"])).to_dict()
+        with contextlib.suppress(HardwareError):  # a space without int8: its kernels were not timed
+            beside["predicted_latency_ms"] = context.predict(int8).latency_ms
+        baseline["uniform_int8"] = beside
     scores = {}
     for member in members:
         path = folder / "artifacts" / f"{member.trial}.onnx"
@@ -693,10 +703,7 @@ def _verify(
         found_times = alone(_timed, context.hardware.runtime, models, inputs, settings.threads)
         times = {key: time.to_dict() for key, time in found_times.items()}
         baseline.update(times["float"])
-        baseline["uniform_int8"] = {**times["int8"], "predicted_latency_ms": None}
-        with contextlib.suppress(HardwareError):  # a space without int8: its kernels were not timed
-            predicted = context.predict(int8).latency_ms
-            baseline["uniform_int8"]["predicted_latency_ms"] = predicted
+        baseline["uniform_int8"] |= times["int8"]
     _remove_old_artifacts(folder / "artifacts", {m.trial for m in members})
     return [
         replace(

@@ -311,7 +311,8 @@ def prepare(
     if found_space is not None:
         options = {**structural_options(found_space, graph, device), **options}
     example = tuple(to_numpy(value)[:1] for value in task.example_inputs)
-    offered_steps = bool(settings.training.ladder()) or any(n.startswith("train:") for n in options)
+    climbs = task.train is not None and bool(settings.training.ladder())
+    offered_steps = climbs or any(n.startswith("train:") for n in options)
     trains = offered_steps or (
         isinstance(space, Candidate) and not TrainingSettings.from_dict(space.training).is_off
     )
