@@ -120,7 +120,7 @@ TRAINING = {
 }
 
 
-def trained(steps: dict[str, int]) -> dict[str, Any]:
+def trained(steps: dict[str, int], widths: Sequence[str]) -> dict[str, Any]:
     """Half the MACs removed by pruning and one block dropped, and a third by Tucker-2."""
     task = load_task(str(HERE / "tasks" / TASKS["resnet20"]))
     space = ANY.model_copy(update={"training": TrainingRanges(steps=(0, 1))})
@@ -131,7 +131,7 @@ def trained(steps: dict[str, int]) -> dict[str, Any]:
         "half": Candidate(
             pruning=dict.fromkeys(inner, 0.5), drop=("layer1.1",), importance="activation"
         ),
-        "low rank": Candidate(rank={n: r for n, r in ranked(graph, 0.72).items() if "layer" in n}),
+        "low rank": a_third_fewer(context),
     }
     test = evaluator_for(task, graph, "test")
     whole = test.set_reference(OnnxRuntime().open(float_model(context.original)))
@@ -139,7 +139,8 @@ def trained(steps: dict[str, int]) -> dict[str, Any]:
     for label, structure in structures.items():
         settings = {**TRAINING, "steps": steps[label]}
         made = {}
-        for bits, choice in (("float", LayerChoice()), ("int8", LayerChoice(8, 8))):
+        for bits in widths:
+            choice = LayerChoice() if bits == "float" else LayerChoice(8, 8)
             layers = dict.fromkeys(context.choices, choice)
             start = time.perf_counter()
             artifact = context.compress(replace(structure, layers=layers, training=settings))
@@ -158,6 +159,18 @@ def trained(steps: dict[str, int]) -> dict[str, Any]:
     return {"trained": rows}
 
 
+def a_third_fewer(context: Context) -> Candidate:
+    """Every residual convolution by Tucker-2, at the largest share of its full rank at which a
+    third of the network's MACs are gone."""
+    graph = context.graph
+    for share in range(80, 30, -2):
+        rank = {n: r for n, r in ranked(graph, share / 100).items() if "layer" in n}
+        candidate = Candidate(rank=rank)
+        if context.predict(candidate).macs <= graph.macs * 2 / 3:
+            return candidate
+    raise SystemExit("no rank takes a third of the MACs away")
+
+
 def speed(task: Task, context: Context, model: bytes) -> float:
     """How many times as fast as the whole float network a float file is, at batch 1."""
     runtime = OnnxRuntime()
@@ -174,12 +187,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", choices=["transforms", "trained"])
     parser.add_argument("--networks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--bits", nargs="+", default=["float", "int8"], choices=["float", "int8"])
     parser.add_argument("--steps", type=int, help="of training, in place of the default")
     arguments = parser.parse_args()
     if arguments.part == "transforms":
         found = transforms(arguments.networks)
     else:
-        found = trained({n: arguments.steps or s for n, s in STEPS.items()})
+        steps = {n: arguments.steps or s for n, s in STEPS.items()}
+        found = trained(steps, arguments.bits)
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     record("structure", {**{k: v for k, v in known.items() if k != "environment"}, **found})
 
