@@ -142,6 +142,7 @@ def export(
     folder: str | Path,
     *,
     precompiled: bool = False,
+    compressed: bool = False,
     tracking_uri: str | None = None,
 ) -> Path:
     """Write a member's deployment package to a new folder and return it.
@@ -153,7 +154,7 @@ def export(
     from autoquant.export import export as write_package
 
     front = None if member.folder is None else Front.read(member.folder)
-    package = write_package(member, folder, front=front, precompiled=precompiled)
+    package = write_package(member, folder, front=front, precompiled=precompiled, compressed=compressed)
     if front is not None and front.folder is not None:
         runs_dir = front.folder.parent
         if tracking_uri or (runs_dir / "mlflow.db").is_file():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -28,6 +29,23 @@ def block_size(granularity: str) -> int:
     return int(granularity.removeprefix("block")) if granularity.startswith("block") else 0
 
 
+def parse_sparsity(value: float | str) -> tuple[int, int] | float:
+    """``"2:4"`` → (2, 4), two weights kept of every four; a share of zeros → itself.
+
+    Raises CandidateError for what is neither.
+    """
+    if isinstance(value, str):
+        found = re.fullmatch(r"([0-9]{1,2}):([0-9]{1,2})", value)
+        if found is not None and 0 < int(found[1]) < int(found[2]) <= 64:
+            return int(found[1]), int(found[2])
+    elif type(value) in (int, float) and 0 <= value < 1:
+        return float(value)
+    raise CandidateError(
+        f"sparsity is {value!r}; it can be the share of zeros from 0 to <1, or a pattern such as "
+        "'2:4': two weights kept of every four"
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class LayerChoice:
     """How one layer is stored and computed.
@@ -44,6 +62,10 @@ class LayerChoice:
     onnxruntime's MatMulNBits): fast for few rows. It computes in float, or with
     ``activation_bits`` 8 in integers, each block of the input on a grid taken at run time.
     ``rounding``: how weights of at most 8 bits are rounded; None: as the search space says.
+    ``sparsity``: share of the weights that are zero, 0 to <1, or a pattern: ``"2:4"`` keeps two
+    of every four inputs of a channel. Zeros pay in ``stored_bytes``, not in the ONNX file.
+    ``codebook``: the weights are one of 2^weight_bits values (2…7 bits) that k-means finds for
+    the layer, on the int8 grid of each channel: the int8 kernel runs (Han et al. 2016).
     """
 
     weight_bits: int = 32
@@ -54,8 +76,13 @@ class LayerChoice:
     int16: bool = False
     nbits: bool = False
     rounding: str | None = None
+    sparsity: float | str = 0.0
+    codebook: bool = False
 
     def __post_init__(self) -> None:
+        pattern = parse_sparsity(self.sparsity)
+        if isinstance(pattern, float):
+            object.__setattr__(self, "sparsity", pattern)
         for name, valid in (
             ("weight_bits", WEIGHT_BITS),
             ("activation_bits", ACTIVATION_BITS),
@@ -68,7 +95,7 @@ class LayerChoice:
             raise CandidateError(
                 f"rounding is {self.rounding!r}; it can be {', '.join(ROUNDING_NAMES)}"
             )
-        for name in ("symmetric", "dynamic", "int16", "nbits"):
+        for name in ("symmetric", "dynamic", "int16", "nbits", "codebook"):
             if not isinstance(getattr(self, name), bool):
                 raise CandidateError(f"{name} is {getattr(self, name)!r}; it can be true, false")
         if self.dynamic and (self.activation_bits != 8 or self.weight_bits > 8):
@@ -84,6 +111,15 @@ class LayerChoice:
                 f"nbits needs weight_bits 2, 4 or 8, activation_bits 8 or 32 and granularity "
                 f"block32, block64 or block128, not {self.weight_bits}, {self.activation_bits} "
                 f"and {self.granularity}"
+            )
+        if self.sparsity and self.weight_bits > 8:
+            raise CandidateError(
+                f"sparsity needs weight_bits of 8 or fewer, not {self.weight_bits}"
+            )
+        if self.codebook and (self.weight_bits > 7 or self.granularity != "channel"):
+            raise CandidateError(
+                f"codebook needs weight_bits 2 to 7 and granularity channel, not "
+                f"{self.weight_bits} and {self.granularity}"
             )
         if block and not self.nbits and max(self.weight_bits, self.activation_bits) <= 8:
             raise CandidateError(
@@ -129,9 +165,10 @@ class LayerChoice:
         if self.is_float:
             return "float"
         extra = [self.granularity] if self.granularity != "channel" else []
-        flags = ("symmetric", "dynamic", "int16", "nbits")
+        flags = ("symmetric", "dynamic", "int16", "nbits", "codebook")
         extra += [name for name in flags if getattr(self, name)]
         extra += [self.rounding] if self.rounding else []
+        extra += [f"sparse {self.sparsity}"] if self.sparsity else []
         return " ".join([f"{self.weight_bits}/{self.activation_bits}", *extra])
 
 

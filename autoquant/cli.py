@@ -373,6 +373,9 @@ def export(
     precompiled: Annotated[
         bool, typer.Option("--precompiled", help="also what onnxruntime makes of it here")
     ] = False,
+    compressed: Annotated[
+        bool, typer.Option("--compressed", help="also model.aqz, entropy-coded, for `unpack`")
+    ] = False,
     tracking_uri: Annotated[
         str | None, typer.Option(metavar="URI", help="MLflow; default DIR/mlflow.db")
     ] = None,
@@ -397,7 +400,13 @@ def export(
             max_drop=max_drop, max_latency_ms=max_latency_ms, max_size_bytes=max_size_bytes
         )
     nearby = {what: other.trial for what, other in found.nearby(member).items()}
-    folder = api.export(member, output, precompiled=precompiled, tracking_uri=tracking_uri)
+    folder = api.export(
+        member,
+        output,
+        precompiled=precompiled,
+        compressed=compressed,
+        tracking_uri=tracking_uri,
+    )
     if as_json:
         _print_json({"package": str(folder), **member.to_dict(), "nearby": nearby})
         return
@@ -405,6 +414,32 @@ def export(
     for line in choice_lines(found.to_dict(), member.trial, nearby):
         _say(line)
     _say(f"check it with: autoquant verify {folder}")
+
+
+@app.command()
+def unpack(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="a model.aqz of export")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="X.onnx")],
+    as_json: Json = False,
+) -> None:
+    """Make the ONNX file that an entropy-coded one was made from, byte by byte."""
+    from autoquant.compress import coding
+    from autoquant.errors import PackageError
+
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror or error}") from None
+    try:
+        model = coding.decompress(data)
+    except PackageError as error:
+        raise PackageError(f"{file}: {error}") from None
+    _write(lambda: output.write_bytes(model), output)
+    if as_json:
+        _print_json({"model": str(output), "size_bytes": len(model), "stored_bytes": len(data)})
+        return
+    typer.echo(output)
+    _say(f"{len(model):,} bytes from {len(data):,}")
 
 
 @app.command()

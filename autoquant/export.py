@@ -26,7 +26,8 @@ import yaml
 from onnx import TensorProto, helper
 from pydantic import ConfigDict, ValidationError
 
-from autoquant.candidate import Candidate, LayerChoice
+from autoquant.candidate import Candidate, LayerChoice, parse_sparsity
+from autoquant.compress import coding
 from autoquant.compress.lower import lower
 from autoquant.compress.qdq import TENSORRT
 from autoquant.compress.readback import read_bits, stored_weights
@@ -45,6 +46,7 @@ from autoquant.search.trial import evaluator_for, float_model
 from autoquant.task import Array, Task
 
 FORMAT: Final = 1
+COMPRESSED = "model.aqz"
 MANIFEST = "manifest.json"
 FILES = ("model.onnx", "candidate.yaml", "sample.npz", "run.py", "README.md")
 STEPS = 4  # steps of the narrowest activation grid that outputs may differ by between machines
@@ -119,13 +121,15 @@ def export(
     *,
     front: Front | None = None,
     precompiled: bool = False,
+    compressed: bool = False,
 ) -> Path:
     """Write the package of one member of a run and return its folder.
 
     ``folder`` is made; it must not exist or be empty. The package is checked as `verify` does
     and then moved into place at once. Without ``front`` that of the member's run is read.
     Formats of the device that cannot say this member are left out; its README says why.
-    ``precompiled``: also the graph as onnxruntime optimizes it for this machine.
+    ``precompiled``: also the graph as onnxruntime optimizes it for this machine. ``compressed``:
+    also the model entropy-coded, `autoquant.compress.coding`.
     Raises RunError: the folder is in use or cannot be written, or the run lacks the artifact,
     has another one than was scored, or has no sample inputs.
     """
@@ -145,6 +149,8 @@ def export(
     extra, missing = _formats(source.formats, model)
     if precompiled:
         extra[PRECOMPILED] = _precompiled(source.model)
+    if compressed:
+        extra[COMPRESSED] = coding.compress(source.model)
     contents = {
         "model.onnx": source.model,
         "candidate.yaml": _yaml(member.candidate.to_dict()),
@@ -571,6 +577,8 @@ def _check(folder: Path, task: Task | None) -> tuple[list[dict[str, Any]], dict[
         passed(name, _format_detail(name, model, contents, manifest))
     if PRECOMPILED in contents:
         passed("precompiled", _precompiled_detail(contents, manifest))
+    if COMPRESSED in contents:
+        passed("compressed", _compressed_detail(contents))
     accuracy = None
     if task is not None:
         accuracy = _accuracy(task, session, manifest)
@@ -855,7 +863,15 @@ def _weight_problems(weight: Array, choice: LayerChoice) -> list[str]:
     if weight.dtype != dtype:
         return [f"weights are {weight.dtype}, {choice.weight_bits} bits are kept as {dtype}"]
     if weight.dtype.kind == "i" and weight.size:
-        low, high = integer_range(choice.weight_bits)
+        low, high = integer_range(8 if choice.codebook else choice.weight_bits)
+        count = len(np.unique(weight)) if choice.codebook else 0
+        if count > 2**choice.weight_bits:
+            return [f"{count} different weights, the codebook has {2**choice.weight_bits}"]
+        pattern = parse_sparsity(choice.sparsity)
+        share = 1 - pattern[0] / pattern[1] if isinstance(pattern, tuple) else pattern
+        zeros = 1 - np.count_nonzero(weight) / weight.size
+        if not isinstance(pattern, tuple) and zeros < share - 0.5 / weight.size - 1e-9:
+            return [f"{zeros:.1%} of the weights are zero, not {share:.1%}"]
         if weight.min() < low or weight.max() > high:
             return [
                 f"weights go from {weight.min()} to {weight.max()}, "
@@ -964,6 +980,17 @@ def _precompiled_detail(contents: Mapping[str, bytes], manifest: Manifest) -> st
             )
     _raise(problems)
     return f"{PRECOMPILED} gives the recorded outputs"
+
+
+def _compressed_detail(contents: Mapping[str, bytes]) -> str:
+    """Whether the entropy-coded model is the model. Raises PackageError."""
+    try:
+        found = coding.decompress(contents[COMPRESSED])
+    except PackageError as error:
+        raise PackageError(f"{COMPRESSED}: {error}") from None
+    if found != contents["model.onnx"]:
+        raise PackageError(f"{COMPRESSED}: holds another model than model.onnx")
+    return f"{COMPRESSED} ({len(contents[COMPRESSED]):,} bytes) unpacks to model.onnx"
 
 
 def _misfit(spec: TensorSpec, array: Array) -> list[str]:

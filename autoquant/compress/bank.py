@@ -27,7 +27,8 @@ import numpy as np
 from autoquant.cache import write_atomically
 from autoquant.calibration import Calibration, Moments
 from autoquant.candidate import LayerChoice, block_size
-from autoquant.compress.rounding import ROUNDINGS, blocks, scale_of_weights
+from autoquant.compress.rounding import ROUNDINGS, Rounding, blocks, hessian, scale_of_weights
+from autoquant.compress.sparsity import codebook, keep_mask
 from autoquant.errors import CandidateError, ModelError, nearest
 from autoquant.graph import Graph, Layer, attributes
 from autoquant.task import Array
@@ -47,7 +48,8 @@ class QuantizedWeight:
     where ``block`` inputs of a channel share one (in the order of `matrix`). ``shift``: float32
     a channel, to be added to the layer's bias; None where there is none. ``error``: mean squared
     error of the weights, each weighted by the second moment of its input where that is known (the
-    moments are scaled to a mean of 1).
+    moments are scaled to a mean of 1). ``table``: int8, the 2^bits sorted values that ``values``
+    has where a codebook holds them; None: the integers have ``bits`` themselves.
     """
 
     values: Array
@@ -57,11 +59,18 @@ class QuantizedWeight:
     shift: Array | None = None
     error: float = 0.0
     block: int = 0
+    table: Array | None = None
 
     @cached_property
     def planes(self) -> tuple[Array, ...]:
-        """The bit planes as uint8, padded to a multiple of 8 weights; see `pack`."""
-        return pack(self.values, self.bits)
+        """The bit planes as uint8, padded to a multiple of 8 weights; see `pack`.
+
+        With a table, those of the places in it.
+        """
+        if self.table is None:
+            return pack(self.values, self.bits)
+        places = np.searchsorted(self.table, self.values)
+        return pack(places.astype(np.int16) - 2 ** (self.bits - 1), self.bits)
 
     @cached_property
     def half_scale(self) -> bool:
@@ -147,6 +156,8 @@ class Key(NamedTuple):
     bits: int
     granularity: str
     rounding: str
+    sparsity: float | str = 0.0
+    codebook: bool = False
 
 
 def as_rows(weight: Array, layer: Layer) -> Array:
@@ -328,7 +339,15 @@ class Bank:
     def _key(self, layer: Layer, choice: LayerChoice) -> Key:
         rounding = choice.rounding or self.rounding
         bits = choice.weight_bits
-        return Key(layer.weight, layer.channel_axis, bits, choice.granularity, rounding)
+        return Key(
+            layer.weight,
+            layer.channel_axis,
+            bits,
+            choice.granularity,
+            rounding,
+            choice.sparsity,
+            choice.codebook,
+        )
 
     def _lacks_shift(self, layer: Layer, key: Key) -> bool:
         """Whether the layer shares its integers, has a shift of its own, and it is not made."""
@@ -393,11 +412,14 @@ class Bank:
     def save(self, path: Path) -> None:
         """Write the entries with their content key as one ``.npz``. Raises OSError."""
         arrays, index = {}, []
-        for i, (key, entry) in enumerate(sorted(self._store.items())):
+        for i, (key, entry) in enumerate(
+            sorted(self._store.items(), key=lambda item: str(item[0]))
+        ):
             index.append({"key": list(key), "error": entry.error})
             arrays[f"{i}.values"], arrays[f"{i}.scale"] = entry.values, entry.scale
-            if entry.shift is not None:
-                arrays[f"{i}.shift"] = entry.shift
+            for name in ("shift", "table"):
+                if getattr(entry, name) is not None:
+                    arrays[f"{i}.{name}"] = getattr(entry, name)
         text = json.dumps({"content": self.content_key(), "entries": index}).encode()
         arrays["index"] = np.frombuffer(text, np.uint8)
         write_atomically(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
@@ -436,7 +458,10 @@ class Bank:
         found = (values.shape, values.dtype, scale.shape, scale.dtype)
         if found != (shape, kind, counts, np.float32):
             raise ValueError(f"{key}: another shape or type")
-        return QuantizedWeight(values, scale, key.bits, key.axis, shift, float(error), block)
+        table = file.get(f"{i}.table")
+        if (table is not None) != key.codebook:
+            raise ValueError(f"{key}: another format")
+        return QuantizedWeight(values, scale, key.bits, key.axis, shift, float(error), block, table)
 
     def __getstate__(self) -> dict[str, object]:
         return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "calibration")} | {
@@ -508,7 +533,14 @@ class _Operand:
         if across:
             weight = np.moveaxis(self.graph.array(self.layer.weight), key.axis, 0)
             matrix, moments = np.ascontiguousarray(weight.reshape(len(weight), -1)), None
-        values, scale = rounding(matrix, key.bits, key.granularity, moments)
+        mask = None
+        if key.sparsity:
+            mask = keep_mask(self._saliency(matrix, moments, rounding), key.sparsity)
+        table = None
+        if key.codebook:
+            values, scale, table = codebook(matrix, key.bits, moments, mask)
+        else:
+            values, scale = rounding(matrix, key.bits, key.granularity, moments, mask)
         if moments is not None and rounding.needs_moments and key.bits <= 8:
             kept = output_spread(matrix, moments)
             scale, _ = take_spread_and_mean(values, scale, moments, *kept, block)
@@ -525,9 +557,25 @@ class _Operand:
             key.bits,
             key.axis,
             block=block,
+            table=table,
         )
         rounded = as_rows(entry.dequantized(np.float64), self.layer)
         return replace(entry, error=_weighted_error(self.matrix, rounded, self.moments))
+
+    def _saliency(self, matrix: Array, moments: Moments | None, rounding: Rounding) -> Array:
+        """What a weight does to the output: its square by the inverse Hessian's diagonal
+        (Hassibi & Stork 1993), as `SecondOrder` feeds errors on; else its size."""
+        if moments is None or not rounding.needs_moments:
+            return np.abs(matrix)
+        squared = moments.split(matrix.astype(np.float64) ** 2)
+        groups = len(moments.mean)
+        cost = np.empty((groups, 1, moments.mean.shape[1]))
+        for group in range(groups):
+            found = hessian(moments, 0.01, group)
+            cost[group, 0, found.order.numpy()] = (
+                1.0 / (found.factor[0] ** 2).sum(0).clamp_min(1e-30).numpy()
+            )
+        return moments.join(squared * cost, matrix)
 
     def shift(self, layer: Layer, entry: QuantizedWeight) -> Array:
         """What the layer's outputs lack in the mean, for every output channel, float32."""

@@ -143,6 +143,8 @@ def resolve(graph: Graph, candidate: Candidate) -> Candidate:
             choice = _without(choice, activation_bits=32, symmetric=False)
         if choice.weight_bits > 8 or (layer.kind == "Gather" and uses[layer.weight] == 1):
             choice = _without(choice, rounding=None)
+        if choice.codebook and layer.kind == "Gather":
+            raise CandidateError(f"layer {layer.name!r} is a Gather: codebook is for products")
         if choice.weight_bits != 16:
             choice = _without(choice, int16=False)
         if choice.weight_bits >= 16 and not choice.int16:
@@ -196,6 +198,8 @@ def refusal(layer: Layer, choice: LayerChoice, dialect: str) -> str | None:
         return f"nbits is for onnxruntime; dialect {dialect!r} has no such kernel"
     if dialect != TENSORRT:
         return None
+    if choice.codebook:
+        return "codebook is not for TensorRT, which looks no weights up; give plain integers"
     how, block = mode(layer, choice), block_size(choice.granularity)
     if how == "dynamic":
         return "dynamic is not for TensorRT, which takes no ranges at run time"
@@ -570,6 +574,8 @@ class _Writer:
         suffix = f"b{block}" if block else "t" if choice.granularity == "tensor" else ""
         suffix += f"a{layer.channel_axis}" if layer.channel_axis else ""
         suffix += f".{choice.rounding}" if choice.rounding else ""
+        suffix += f".s{choice.sparsity}".replace(":", "_") if choice.sparsity else ""
+        suffix += ".c" if choice.codebook else ""
         return f"{layer.weight.removesuffix('.weight')}.w{choice.weight_bits}{suffix}"
 
     def _weight(self, layer: Layer, choice: LayerChoice, entry: QuantizedWeight) -> str:
@@ -616,7 +622,10 @@ class _Writer:
         scale = np.maximum(entry.scale, least).astype(np.float32)
         shrink = broadcast_scale(entry.scale / scale, entry.axis, entry.values.ndim)
         values = np.round(entry.values * shrink).astype(entry.values.dtype)
-        return QuantizedWeight(values, scale, entry.bits, entry.axis, entry.shift)
+        if entry.table is not None:
+            middles = 0.5 * (entry.table[1:].astype(np.float32) + entry.table[:-1])
+            values = entry.table[np.searchsorted(middles, values)]
+        return replace(entry, values=values, scale=scale)
 
     def _bias(self, layer: Layer, bias: Array, entry: QuantizedWeight, input_scale: float) -> str:
         """The int32 bias with scale input × weight."""
@@ -859,7 +868,13 @@ class _Writer:
         self.nodes.append(helper.make_node("Split", [f"{stem}.w", split], parts, axis=0))
         for name, entry in entries.items():
             shape = self._constant(np.array(entry.values.shape, np.int64))
-            self._node("Reshape", [f"{name}.flat", shape], name)
+            if entry.table is None:
+                self._node("Reshape", [f"{name}.flat", shape], name)
+                continue
+            table = self._named(f"{name}.t", np.roll(entry.table, -(2 ** (bits - 1))))
+            self._node("Reshape", [f"{name}.flat", shape], f"{name}.i")
+            self._node("Cast", [f"{name}.i"], f"{name}.j", to=TensorProto.INT32)
+            self._node("Gather", [table, f"{name}.j"], name, axis=0)  # from its end below 0
 
     def _node(self, op: str, inputs: Sequence[str], output: str, **found: Any) -> None:
         self.written.add(output)

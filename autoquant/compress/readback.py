@@ -95,7 +95,7 @@ def _stored_bits(
             raise PackageError(f"weight {tensor!r} has no source")
         if node.op_type == "Split":
             return _plane_bits(node.input[0], producers, initializers)
-        tensor = node.input[0]
+        tensor = node.input[node.op_type == "Gather"]  # a codebook is read at its places
     kind = initializers[tensor].data_type
     if kind not in widths:
         raise PackageError(f"weight {tensor!r} is stored as {TensorProto.DataType.Name(kind)}")
@@ -156,7 +156,7 @@ def packed_weight(model: onnx.ModelProto, layer: str) -> Array | None:
         raise PackageError(f"the model has no layer {layer!r}")
     if node.op_type == "MatMulNBits":
         return unpack_blocks(node, initializers)
-    tensor, shape = node.input[0 if node.op_type == "Gather" else 1], None
+    tensor, shape, table = node.input[0 if node.op_type == "Gather" else 1], None, None
     while tensor not in initializers:
         source = producers[tensor]
         if source.op_type == "Reshape":
@@ -172,8 +172,10 @@ def packed_weight(model: onnx.ModelProto, layer: str) -> Array | None:
             start, count = int(sizes[:index].sum()), int(sizes[index])
             flat = unpack(planes, bits, start + count)[start:]
             assert shape is not None
-            return flat.reshape(shape)
-        tensor = source.input[0]
+            return flat.reshape(shape) if table is None else table[flat].reshape(shape)
+        if source.op_type == "Gather":
+            table = numpy_helper.to_array(initializers[source.input[0]])
+        tensor = source.input[source.op_type == "Gather"]
     return None
 
 

@@ -27,11 +27,17 @@ class Rounding(Protocol):
     needs_moments: bool
 
     def __call__(
-        self, weight: Array, bits: int, granularity: str, moments: Moments | None
+        self,
+        weight: Array,
+        bits: int,
+        granularity: str,
+        moments: Moments | None,
+        mask: Array | None = None,
     ) -> tuple[Array, Array]:
         """``weight``: (channels, n) float32, finite, laid out as `Moments` says. Returns
         integers of that shape (int16) and float32 scales of length ``channels``, or 1 for
-        granularity ``tensor``, or of shape (channels, blocks) for blocks of n."""
+        granularity ``tensor``, or of shape (channels, blocks) for blocks of n. ``mask``: of the
+        weight's shape, False where the integer must be 0; None: nowhere."""
         ...
 
 
@@ -54,13 +60,19 @@ class Nearest:
     needs_moments = False
 
     def __call__(
-        self, weight: Array, bits: int, granularity: str, moments: Moments | None = None
+        self,
+        weight: Array,
+        bits: int,
+        granularity: str,
+        moments: Moments | None = None,
+        mask: Array | None = None,
     ) -> tuple[Array, Array]:
         """See `Rounding`; the moments are not used."""
         low, high = integer_range(bits)
         scale = initial_scale(weight, bits, granularity)
         step = scale_of_weights(scale, weight.shape[1], block_size(granularity))
-        return np.clip(np.round(weight / step), low, high).astype(np.int16), scale
+        values = np.clip(np.round(weight / step), low, high).astype(np.int16)
+        return (values if mask is None else values * mask), scale
 
 
 def initial_scale(
@@ -226,22 +238,35 @@ class SecondOrder:
         self.damping, self.sweeps, self.refits = damping, sweeps, refits
 
     def __call__(
-        self, weight: Array, bits: int, granularity: str, moments: Moments | None = None
+        self,
+        weight: Array,
+        bits: int,
+        granularity: str,
+        moments: Moments | None = None,
+        mask: Array | None = None,
     ) -> tuple[Array, Array]:
         """See `Rounding`."""
         size = block_size(granularity)
         if moments is None or bits > 8 or (size and moments.taps(weight)):
-            return Nearest()(weight, bits, granularity, moments)
+            return Nearest()(weight, bits, granularity, moments, mask)
         scale = weighted_scale(weight, bits, granularity, moments)
         rows, taps = moments.split(weight), moments.taps(weight)
         row_scale = _scale_of_rows(scale, weight, moments)
+        kept = None if mask is None else moments.split(mask)
         values = np.empty(rows.shape, np.int16)
         refits = 0 if granularity == "tensor" else self.refits
         for group, take in _parts(weight, moments):
             part = slice(None) if group is None else slice(group, group + 1)
             found = hessian(moments, self.damping, group)
             values[part, take], row_scale[part, take] = self._round(
-                rows[part, take], row_scale[part, take], found, bits, refits, taps, size
+                rows[part, take],
+                row_scale[part, take],
+                found,
+                bits,
+                refits,
+                taps,
+                size,
+                None if kept is None else kept[part, take],
             )
         if granularity != "tensor":
             scale = _scale_of_channels(row_scale, weight, moments).reshape(scale.shape)
@@ -256,11 +281,14 @@ class SecondOrder:
         refits: int,
         taps: int,
         size: int,
+        kept: Array | None = None,
     ) -> tuple[Array, Array]:
         """Integers and scales of (groups, rows, K) weights under the Hessian of the groups.
 
         ``scale``: (groups, rows, blocks) for blocks of ``size`` inputs; 0 for one block.
-        ``taps``: that many rows of every group share a scale; 0: none do.
+        ``taps``: that many rows of every group share a scale; 0: none do. ``kept``: 0 where the
+        integer must be 0; what such a weight did, the others make up for (SparseGPT, Frantar &
+        Alistarh 2023).
         """
         import torch
 
@@ -270,6 +298,10 @@ class SecondOrder:
         s = torch.from_numpy(np.array(scale, dtype=np.float32))
         w = w[:, :, order]
         owner = _owner(order, size)
+        if kept is None:
+            k: Any = torch.ones(1, 1, 1).expand(w.shape)
+        else:
+            k = torch.from_numpy(np.array(kept, dtype=np.float32))[:, :, order]
         left = w.clone()
         q = torch.empty_like(w)
         count = w.shape[2]
@@ -279,7 +311,7 @@ class SecondOrder:
             for j in range(start, end):
                 column = left[:, :, j]
                 step = s[:, :, owner[j]]
-                q[:, :, j] = torch.clamp(torch.round(column / step), low, high)
+                q[:, :, j] = torch.clamp(torch.round(column / step), low, high) * k[:, :, j]
                 error = (column - q[:, :, j] * step) / factor[:, j, j, None]
                 errors[:, :, j - start] = error
                 left[:, :, j:end] -= error[:, :, None] * factor[:, None, j, j:end]
@@ -297,7 +329,7 @@ class SecondOrder:
                 for j in range(start, end):
                     scales = s[:, :, owner[j]]
                     step = local[:, :, j - start] / (diagonal[:, j, None] * scales)
-                    best = torch.clamp(torch.round(q[:, :, j] + step), low, high)
+                    best = torch.clamp(torch.round(q[:, :, j] + step), low, high) * k[:, :, j]
                     move = (best - q[:, :, j]) * scales
                     q[:, :, j] = best
                     moves[:, :, j - start] = move
@@ -333,10 +365,15 @@ class AdaRound:
         self.rate, self.strength = rate, strength
 
     def __call__(
-        self, weight: Array, bits: int, granularity: str, moments: Moments | None = None
+        self,
+        weight: Array,
+        bits: int,
+        granularity: str,
+        moments: Moments | None = None,
+        mask: Array | None = None,
     ) -> tuple[Array, Array]:
         """See `Rounding`."""
-        plain = Nearest()(weight, bits, granularity, moments)
+        plain = Nearest()(weight, bits, granularity, moments, mask)
         size = block_size(granularity)
         if moments is None or bits > 8 or (size and moments.taps(weight)):
             return plain
@@ -347,6 +384,7 @@ class AdaRound:
         row_scale = _scale_of_rows(scale, weight, moments)
         plain_scale = _scale_of_rows(plain[1], weight, moments)
         values, plain_values = np.empty(rows.shape, np.int16), moments.split(plain[0])
+        kept = None if mask is None else moments.split(mask)
         errors = np.empty((2, *rows.shape[:2]))  # learned, nearest
 
         def tensor(array: Array) -> Any:
@@ -362,6 +400,8 @@ class AdaRound:
             w, s = tensor(rows)[:, :, found.order], tensor(row_scale)
             owner = _owner(found.order, size)
             q = self._learn(w / _of_columns(s, owner), found.damped, *integer_range(bits))
+            if kept is not None:
+                q = q * tensor(kept)[:, :, found.order]
             if granularity != "tensor":  # the scale of least error for these integers
                 s = _refit(q, s, w @ found.damped, found.damped, owner, taps)
             nearest = tensor(plain_values)[:, :, found.order]

@@ -213,7 +213,17 @@ class _File:
         stem += 1 + len(str(block)) if block else 0
         stem += 1 + len(str(layer.channel_axis)) if layer.channel_axis else 0
         stem += 1 + len(choice.rounding) if choice.rounding else 0
-        key = (layer.weight, layer.channel_axis, bits, choice.granularity, choice.rounding)
+        stem += 2 + len(str(choice.sparsity)) if choice.sparsity else 0
+        stem += 2 * choice.codebook
+        key = (
+            layer.weight,
+            layer.channel_axis,
+            bits,
+            choice.granularity,
+            choice.rounding,
+            choice.sparsity,
+            choice.codebook,
+        )
         if bits == 32:
             return
         self.left[layer.weight] += 1
@@ -392,6 +402,12 @@ class _File:
             self.packed_names[bits] += _string(stem + 5)
             self.packed_names[bits] += _string(stem + 8) if count % 8 else 0
             shape = self._constant(layer.weight_shape, (len(layer.weight_shape),), 8)
+            if key[-1]:  # places in a table
+                self._node("Reshape", [stem + 5, shape], [stem + 2])
+                self._node("Cast", [stem + 2], [stem + 2], attributes=_CAST)
+                self._tensor(stem + 2, (2**bits,), 1)
+                self._node("Gather", [stem + 2, stem + 2], [stem], attributes=_AXIS)
+                return
             self._node("Reshape", [stem + 5, shape], [stem])
         else:
             self._tensor(stem, layer.weight_shape, 2 if bits == 16 else 1)

@@ -164,6 +164,8 @@ class _Reader:
             return 8 * self._value(stored).itemsize
         node = self.producers[stored]
         while node.op_type != "Split":
+            if node.op_type == "Gather":
+                raise RunError(f"weight {stored!r}: codebooks are not in encodings {VERSION}")
             node = self.producers[node.input[0]]
         return int(node.input[0].removeprefix("packed").removesuffix(".w"))
 
