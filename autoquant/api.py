@@ -154,7 +154,9 @@ def export(
     from autoquant.export import export as write_package
 
     front = None if member.folder is None else Front.read(member.folder)
-    package = write_package(member, folder, front=front, precompiled=precompiled, compressed=compressed)
+    package = write_package(
+        member, folder, front=front, precompiled=precompiled, compressed=compressed
+    )
     if front is not None and front.folder is not None:
         runs_dir = front.folder.parent
         if tracking_uri or (runs_dir / "mlflow.db").is_file():
