@@ -168,10 +168,15 @@ def test_a_rounding_gets_the_moments_of_its_layer(monkeypatch: pytest.MonkeyPatc
 
     class Spy(Nearest):
         def __call__(
-            self, weight: Array, bits: int, granularity: str, moments: Moments | None = None
+            self,
+            weight: Array,
+            bits: int,
+            granularity: str,
+            moments: Moments | None = None,
+            mask: Array | None = None,
         ) -> tuple[Array, Array]:
             seen.append((weight.shape, bits, granularity, moments))
-            return super().__call__(weight, bits, granularity, moments)
+            return super().__call__(weight, bits, granularity, moments, mask)
 
     monkeypatch.setitem(rounding.ROUNDINGS, "spy", Spy())
     net = NETWORKS["grouped"]()

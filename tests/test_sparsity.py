@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from autoquant.candidate import LayerChoice
 from autoquant.compress.coding import compress, decompress
 from autoquant.compress.readback import packed_weight, read_bits
-from autoquant.compress.sparsity import keep_mask, kmeans
+from autoquant.compress.sparsity import gradual, keep_mask, kmeans
 from autoquant.cost import CostModel
 from autoquant.errors import CandidateError
 from autoquant.runtime import kernels
@@ -29,6 +29,19 @@ def test_a_mask_keeps_the_highest(rows: int, inputs: int, share: float) -> None:
 def test_a_pattern_keeps_two_of_four() -> None:
     mask = keep_mask(np.random.default_rng(0).random((3, 16)), "2:4")
     assert (mask.reshape(3, 4, 4).sum(2) == 2).all()
+
+
+def test_a_pattern_goes_along_the_input_channels_of_each_kernel_position() -> None:
+    mask = keep_mask(np.random.default_rng(0).random((3, 8 * 9)), "2:4", taps=9)
+    by_tap = mask.reshape(3, 2, 4, 9)
+    assert (by_tap.sum(2) == 2).all()
+
+
+def test_pruning_is_gradual() -> None:
+    shares = [gradual(0.8, step / 10) for step in range(12)]
+    assert shares[0] == 0 and shares[-1] == shares[-2] == pytest.approx(0.8)
+    steps = np.diff(shares[:11])
+    assert (steps > 0).all() and (np.diff(steps) < 0).all()
 
 
 def test_clusters_are_found() -> None:

@@ -174,6 +174,11 @@ def as_rows(weight: Array, layer: Layer) -> Array:
     return np.ascontiguousarray(rows.reshape(rows.shape[0], -1))
 
 
+def kernel_positions(layer: Layer) -> int:
+    """How many weights of a row of `as_rows` that follow each other read one input channel."""
+    return int(np.prod(layer.weight_shape[2:])) if layer.kind == "Conv" else 1
+
+
 def as_weight(rows: Array, layer: Layer) -> Array:
     """Undo `as_rows`."""
     shape = layer.weight_shape
@@ -535,7 +540,8 @@ class _Operand:
             matrix, moments = np.ascontiguousarray(weight.reshape(len(weight), -1)), None
         mask = None
         if key.sparsity:
-            mask = keep_mask(self._saliency(matrix, moments, rounding), key.sparsity)
+            saliency = self._saliency(matrix, moments, rounding)
+            mask = keep_mask(saliency, key.sparsity, kernel_positions(self.layer))
         table = None
         if key.codebook:
             values, scale, table = codebook(matrix, key.bits, moments, mask)

@@ -1,13 +1,6 @@
-"""Sparse and clustered weights: masks, codebooks, and what keeps them while a network trains.
-
-The two classes are an `Adjust` of autoquant.compress.train: they change the weights in place
-before every step and after the last, so that gradients move what is left of them alone.
-"""
+"""Sparse and clustered weights: masks and codebooks."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -16,22 +9,25 @@ from autoquant.candidate import parse_sparsity
 from autoquant.task import Array
 
 
-def keep_mask(scores: Array, sparsity: float | str) -> Array:
-    """Which weights of a (channels, inputs) matrix stay: those of the highest scores.
+def keep_mask(scores: Array, sparsity: float | str, taps: int = 1) -> Array:
+    """Which weights of a (channels, n) matrix stay: those of the highest scores.
 
-    A ratio counts over the whole matrix; ``"N:M"`` keeps N of every M inputs in a row (of a
-    rest that is shorter, N at most). Ties fall to the first.
+    A ratio counts over the whole matrix; ``"N:M"`` keeps N of every M input channels in a row
+    (of a rest that is shorter, N at most). n is input channels × ``taps``: kernel positions,
+    each with groups of its own, as sparse tensor cores take them. Ties fall to the first.
     """
     wanted = parse_sparsity(sparsity)
     if isinstance(wanted, tuple):
         kept, of = wanted
-        rows, inputs = scores.shape
-        padded = np.full((rows, -(-inputs // of) * of), -np.inf)
-        padded[:, :inputs] = scores
-        order = np.argsort(-padded.reshape(rows, -1, of), axis=2, kind="stable")
+        by_tap = scores.reshape(len(scores), -1, taps).swapaxes(1, 2)
+        inputs = by_tap.shape[2]
+        padded = np.full((*by_tap.shape[:2], -(-inputs // of) * of), -np.inf)
+        padded[:, :, :inputs] = by_tap
+        order = np.argsort(-padded.reshape(*by_tap.shape[:2], -1, of), axis=3, kind="stable")
         mask = np.zeros(order.shape, bool)
-        np.put_along_axis(mask, order[:, :, :kept], True, axis=2)
-        return np.ascontiguousarray(mask.reshape(rows, -1)[:, :inputs])
+        np.put_along_axis(mask, order[..., :kept], True, axis=3)
+        found: Array = mask.reshape(padded.shape)[:, :, :inputs].swapaxes(1, 2)
+        return np.ascontiguousarray(found.reshape(scores.shape))
     flat: Array = np.ones(scores.size, bool)
     flat[np.argsort(scores.reshape(-1), kind="stable")[: round(wanted * scores.size)]] = False
     return flat.reshape(scores.shape)
@@ -100,64 +96,7 @@ def codebook(
     return values, (size[:, 0] * step).astype(np.float32), table
 
 
-class Pruning:
-    """Gradual magnitude pruning (Zhu & Gupta 2017): the share of zeros grows with the cube of
-    what is left of the first ``until`` of the steps; the mask is chosen anew ``times`` times.
-
-    ``sparsity``: layer → share of zeros in the end, or a pattern such as ``"2:4"`` (set at
-    once).
-    """
-
-    def __init__(
-        self, sparsity: Mapping[str, float | str], until: float = 0.5, times: int = 60
-    ) -> None:
-        self.sparsity, self.until, self.times = dict(sparsity), until, times
-        self.masks: dict[str, Any] = {}
-        for value in self.sparsity.values():
-            parse_sparsity(value)
-
-    def __call__(self, step: int, steps: int, weights: Mapping[str, Any]) -> None:
-        """See `autoquant.compress.train.Adjust`."""
-        import torch
-
-        ramp = max(1, int(steps * self.until))
-        due = step <= ramp and step % max(1, ramp // self.times) == 0
-        for name, wanted in self.sparsity.items():
-            weight = weights[name]
-            if name not in self.masks or due or step == ramp:
-                share = wanted
-                if not isinstance(wanted, str):
-                    share = wanted * (1 - (1 - min(1.0, step / ramp)) ** 3)
-                rows = weight.detach().abs().flatten(1).numpy()
-                self.masks[name] = torch.from_numpy(keep_mask(rows, share)).view_as(weight)
-            weight.mul_(self.masks[name])
-
-
-class Clusters:
-    """Weights that share one of a few values (Han et al. 2016): each step's weights are moved to
-    the mean of their cluster, which is a gradient step of the centroids; zeros stay zero.
-
-    ``clusters``: layer → how many values, zero among them.
-    """
-
-    def __init__(self, clusters: Mapping[str, int]) -> None:
-        self.clusters = dict(clusters)
-        self.indices: dict[str, Any] = {}
-
-    def __call__(self, step: int, steps: int, weights: Mapping[str, Any]) -> None:
-        """See `autoquant.compress.train.Adjust`."""
-        import torch
-
-        for name, count in self.clusters.items():
-            flat = weights[name].view(-1)
-            if name not in self.indices:
-                found = flat.detach().numpy()
-                centres = kmeans(found[found != 0], count - 1)
-                nearest = np.searchsorted(0.5 * (centres[1:] + centres[:-1]), found)
-                index = np.where(found == 0, 0, nearest + 1)
-                self.indices[name] = torch.from_numpy(index)
-            index = self.indices[name]
-            sums = torch.zeros(count).index_add_(0, index, flat)
-            means = sums / torch.bincount(index, minlength=count).clamp_min(1)
-            means[0] = 0.0
-            flat.copy_(means[index])
+def gradual(sparsity: float, done: float) -> float:
+    """The share of zeros when ``done`` (0 to 1) of the pruning is over: it grows with the cube
+    of what is left, fast while many weights matter little (Zhu & Gupta 2017)."""
+    return sparsity * (1 - (1 - min(1.0, done)) ** 3)
