@@ -302,6 +302,7 @@ def _searched(
     for callback in callbacks:
         callback.start(run.content, layers, tuple(study.results))
     _trials(study, context, settings, objectives, callbacks, say)
+    run.release()
     learned = study.learned()
     if learned is not None:
         write_json(run.folder / "learned.json", learned)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import sys
 import threading
@@ -20,6 +21,9 @@ from autoquant.search.trial import Against, Context, run_trial
 
 RETRIES = 5  # of a trial whose node was lost
 KILLS = 2  # workers that may die with one candidate before it is set aside
+GRACE = 2.0  # seconds beyond its bound after which a trial that lets nobody stop it is killed
+# workers share a machine by processes: none of their libraries starts threads
+_ENVIRONMENT = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
 Alone = Callable[..., Any]  # calls a function with its arguments beside nothing else
 
@@ -214,6 +218,7 @@ class RayExecutor:
         self.context = ray.put(alone)
         self.bounds = bounds or Bounds()
         options: dict[str, Any] = {"num_cpus": 1, "max_retries": 0}
+        options["runtime_env"] = {"env_vars": _ENVIRONMENT}
         if context.gpus:
             options["num_gpus"] = context.gpus
         self.remote = ray.remote(**options)(_remote_trial)
@@ -238,7 +243,11 @@ class RayExecutor:
         self._start(_Running(candidate, trial, seed, against))
 
     def _start(self, item: _Running) -> None:
-        future = self.remote.remote(
+        remote = self.remote
+        if item.kills:  # in a new process: Ray may not know yet that the old one is dead
+            again = {**_ENVIRONMENT, "AUTOQUANT_KILLED": str(item.kills)}
+            remote = remote.options(runtime_env={"env_vars": again})
+        future = remote.remote(
             [self.context], item.candidate, item.trial, item.seed, item.against, self.bounds
         )
         self.running[future] = item
@@ -320,7 +329,6 @@ def _remote_trial(
         return None
     key = reference[0].hex()
     if key not in _context:
-        _one_thread()
         _context.clear()
         _context[key] = ray.get(reference[0])
     found = _context[key]
@@ -333,7 +341,11 @@ def _remote_trial(
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
+    if bounds.seconds is not None:  # code that holds the interpreter's lock stops this thread too
+        last = bounds.seconds + GRACE
+        faulthandler.dump_traceback_later(last, exit=True, file=sys.__stderr__)
     passed = _passed(thread, bounds)
+    faulthandler.cancel_dump_traceback_later()
     if passed is None:
         return results[0]
     _ending.set()
@@ -357,16 +369,6 @@ def resident_bytes() -> int:
     """Memory of this process that is resident now. Raises OSError where there is no /proc."""
     with Path("/proc/self/statm").open() as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def _one_thread() -> None:
-    """Workers share the machine by processes: none of their libraries starts threads."""
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ[name] = "1"
-    if "torch" in sys.modules:
-        import torch
-
-        torch.set_num_threads(1)
 
 
 def _single_worker(context: Context) -> Any:

@@ -28,7 +28,7 @@ from autoquant.runtime import describe
 
 LOCK = ".lock"
 RESERVE = ".reserve"  # given up when the disk is full, so that the front can still be written
-RESERVED_BYTES = 8 << 20
+RESERVED_BYTES = 16 << 20  # a report is 5 MB, and MLflow gets one too
 BEAT = 10.0  # seconds
 SILENCE = 60.0  # seconds
 _SAME_ON_RESUME = (
@@ -73,9 +73,13 @@ class Run:
                     path.unlink()
             self.folder.rmdir()
 
+    def release(self) -> None:
+        """Give up the room that was kept for the end."""
+        (self.folder / RESERVE).unlink(missing_ok=True)
+
     def close(self) -> None:
         """Let another driver have the run."""
-        (self.folder / RESERVE).unlink(missing_ok=True)
+        self.release()
         self.lock.release()
 
 
@@ -224,7 +228,7 @@ def _locked(run: Run) -> Run:
     except OSError as error:
         run.close()
         run.discard()
-        raise RunError(f"{run.folder}: {error.strerror}: a run needs some 10 MB") from None
+        raise RunError(f"{run.folder}: {error.strerror}: a run needs some 20 MB") from None
     return run
 
 

@@ -591,7 +591,8 @@ def run_trial(
             return replace(result, status="stopped", why=why)
         return replace(result, status="complete")
     except AutoquantError as error:
-        return replace(result, status="failed", error=str(error))
+        trace = traceback.format_exc()
+        return replace(result, status="failed", error=str(error), traceback=trace)
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{os.path.basename(last.filename)}:{last.lineno}"  # noqa: PTH119
