@@ -343,7 +343,7 @@ def _remote_trial(
     thread.start()
     if bounds.seconds is not None:  # code that holds the interpreter's lock stops this thread too
         last = bounds.seconds + GRACE
-        faulthandler.dump_traceback_later(last, exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(last, exit=True, file=2)
     passed = _passed(thread, bounds)
     faulthandler.cancel_dump_traceback_later()
     if passed is None:
