@@ -254,17 +254,19 @@ def profile(
     path: str | Path = "profile.yaml",
     *,
     data: str | None = None,
+    space: str | Space = "int8",
     batch: int = 1,
     threads: int = 1,
     progress: bool = False,
 ) -> Hardware:
     """Measure this machine on a task's kernels and write the hardware profile.
 
-    The profile predicts latencies of that network at that batch and thread count.
+    The profile predicts latencies of that network at that batch and thread count, in what
+    ``space`` offers: its kernels, channel counts and ranks.
     """
     found = task if isinstance(task, Task) else load_task(task, data)
     with _said(progress) as say:
-        context = prepare(found, space="int8", batch=batch, threads=threads, say=say)
+        context = prepare(found, space=space, batch=batch, threads=threads, say=say)
     assert isinstance(context.cost.latency, TableModel)
     model = to_profile(context.cost.latency)
     result = load_hardware("onnxruntime-cpu").model_copy(

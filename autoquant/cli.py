@@ -535,6 +535,9 @@ def profile(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="YAML to write")],
     task: TaskArgument = "mnist",
     data: Data = None,
+    space: Annotated[
+        str, typer.Option("--space", metavar="NAME|FILE", help="whose kernels are timed")
+    ] = "int8",
     batch: Batch = 1,
     threads: Threads = 1,
     as_json: Json = False,
@@ -542,7 +545,9 @@ def profile(
     """Measure this machine on a task's kernels into a hardware profile."""
     from autoquant import api
 
-    found = api.profile(task, output, data=data, batch=batch, threads=threads, progress=True)
+    found = api.profile(
+        task, output, data=data, space=space, batch=batch, threads=threads, progress=True
+    )
     if as_json:
         _print_json(found.model_dump(mode="json", exclude_defaults=True))
         return

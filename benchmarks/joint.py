@@ -64,7 +64,8 @@ class Run:
         self.task = cifar10.resnet20(seed=seed)
         self.hardware = folder / "device.yaml"
         if not self.hardware.is_file():
-            autoquant.profile(self.task, self.hardware)
+            whole = space("joint", BITS, True, options.steps)
+            autoquant.profile(self.task, self.hardware, space=whole)
         self.steps = 0
 
     def search(self, name: str, space: Space, trials: int, task: Task | None = None) -> Front:

@@ -16,6 +16,7 @@ from test_prune import evidence
 
 from autoquant.candidate import FLOAT, Candidate, LayerChoice
 from autoquant.compress.structure import drop, droppable, structured, to_dict
+from autoquant.cost.table import TableModel, signature
 from autoquant.errors import CandidateError, SpaceError, TaskError
 from autoquant.export import export, verify
 from autoquant.graph import Graph
@@ -141,6 +142,30 @@ SPACE = Space.model_validate(
         "drop": ["blocks.*"],
     }
 )
+
+
+def test_the_kernels_of_what_a_space_offers_are_timed_beforehand(tmp_path: Path) -> None:
+    """Every pair of channel counts in a layer, and each rank on channels as they are."""
+    space = SPACE.model_copy(update={"drop": ()})
+    found = prepare(task(tmp_path), space=space, seed=1)
+    model = found.cost.latency
+    assert isinstance(model, TableModel) and found.variants is not None
+    groups = [n[6:] for n, o in found.options.items() if n.startswith("prune:") and len(o) > 1]
+    ranks = {n[5:]: o[0] for n, o in found.options.items() if n.startswith("rank:")}
+    generator = np.random.default_rng(0)
+    several = [
+        Candidate(pruning={g: float(generator.choice([0.25, 0.5])) for g in groups[:count]})
+        for count in range(1, len(groups) + 1)
+    ]
+    timed = missing = 0
+    for candidate in [*several, Candidate(rank=ranks)]:
+        graph = found.variants.get(found, candidate).graph
+        keys = [signature(graph, x, p) for x in graph.layers for p in ("float", "int8")]
+        timed += sum(key in model.kernel_ms for key in keys)
+        missing += sum(key not in model.kernel_ms for key in keys)
+        result = found.predict(candidate)
+        assert result.latency_ms is not None and result.latency_ms > 0
+    assert missing <= 0.1 * timed  # three groups may meet where two were varied
 
 
 class Small(torch.nn.Module):

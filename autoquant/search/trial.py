@@ -35,7 +35,7 @@ from autoquant.result import Cost, Score, TrialResult
 from autoquant.runtime import RUNTIMES, OnnxRuntime, Session, run_batches
 from autoquant.search.coupling import forbidden_pairs, tied_groups
 from autoquant.search.dimensions import Options, structural_options
-from autoquant.search.variant import Variant, Variants
+from autoquant.search.variant import Variant, Variants, shapes
 from autoquant.space import Rule, Space, load_space
 from autoquant.task import Array, Split, Task, to_numpy
 from autoquant.training import TrainingSettings
@@ -284,6 +284,15 @@ def prepare(
     bank = Bank(graph, settings.rounding, calibration)
     needed = [(graph.by_name[name], c) for name, found in choices.items() for c in found]
     _fill(bank, needed, workers, cache, say)
+    evidence = None
+    if is_structural:
+        classes = task.metric == "top1"
+        moments = dict(calibration.moments)
+        evidence = Evidence(graph, moments, calibration_split.batches, classes, seed)
+    options: dict[str, tuple[Any, ...]] = dict(settings.training.dimensions())
+    if found_space is not None:
+        options = {**structural_options(found_space, graph, device), **options}
+    example = tuple(to_numpy(value)[:1] for value in task.example_inputs)
     predictor: DeviceModel | None = None
     if latency and device.latency == "analytic":
         predictor = RooflineModel(graph, device, batch, threads)
@@ -294,6 +303,9 @@ def prepare(
         table = _device_model(
             task, graph, calibration, bank, device, choices, batch, threads, alone
         )
+        if evidence is not None and options:
+            say("timing the kernels of other structures")
+            table = _run_alone(alone)(_timed, table, shapes(graph, options, evidence, example))
         say(
             f"latency model: {table.error:.1%} mean error on held-out mixes, "
             f"measured in {table.seconds:.0f} s"
@@ -302,15 +314,6 @@ def prepare(
     cost = CostModel(graph, device.dialect, predictor, bank)
     baseline = cost.baseline()
     probe = _probe(calibration_split, graph)
-    evidence = None
-    if is_structural:
-        classes = task.metric == "top1"
-        moments = dict(calibration.moments)
-        evidence = Evidence(graph, moments, calibration_split.batches, classes, seed)
-    options: dict[str, tuple[Any, ...]] = dict(settings.training.dimensions())
-    if found_space is not None:
-        options = {**structural_options(found_space, graph, device), **options}
-    example = tuple(to_numpy(value)[:1] for value in task.example_inputs)
     climbs = task.train is not None and bool(settings.training.ladder())
     offered_steps = climbs or any(n.startswith("train:") for n in options)
     trains = offered_steps or (
@@ -523,8 +526,7 @@ def _device_model(
     alone: Callable[..., Any] | None,
 ) -> TableModel:
     modes = {mode(graph.by_name[name], c) for name, found in choices.items() for c in found}
-    call = alone or (lambda function, *args, **options: function(*args, **options))
-    found: TableModel = call(
+    found: TableModel = _run_alone(alone)(
         measure_device,
         graph,
         calibration,
@@ -536,6 +538,20 @@ def _device_model(
         products=any(not graph.by_name[name].weight for name in choices),
     )
     return found
+
+
+def _timed(table: TableModel, graphs: Sequence[Graph]) -> TableModel:
+    """The model with the kernels of other structures of its network, in its precisions."""
+    start = time.perf_counter()
+    precisions = sorted({key.rpartition(" ")[2] for key in table.kernel_ms})
+    for graph in graphs:
+        table = table.timed(graph, precisions)
+    return replace(table, seconds=table.seconds + time.perf_counter() - start)
+
+
+def _run_alone(alone: Callable[..., Any] | None) -> Callable[..., Any]:
+    """What calls a measurement where nothing else runs."""
+    return alone or (lambda function, *args, **options: function(*args, **options))
 
 
 def run_trial(

@@ -6,8 +6,10 @@ first needed. The evaluator and the limits are the context's: drops count from t
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,9 +19,10 @@ from autoquant.calibration import Calibration, calibrate
 from autoquant.candidate import Candidate
 from autoquant.compress import Artifact, compress
 from autoquant.compress.bank import Bank
+from autoquant.compress.channels import ChannelGroup, Channels
 from autoquant.compress.lower import lower
 from autoquant.compress.polish import polish
-from autoquant.compress.prune import Evidence, first_rows
+from autoquant.compress.prune import Evidence, first_rows, units_removed
 from autoquant.compress.qdq import resolve
 from autoquant.compress.structure import Structured, structured
 from autoquant.cost import CostModel, DeviceModel
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
 KEPT = 32  # variants with their banks that a process holds
 CALIBRATED = 256  # inputs at most that a variant is calibrated on
 GRAPHS = 1024  # cost models of structures that it holds
+SHAPES = 36  # structures whose kernels are timed before a search, at most, beside ranks
 
 
 @dataclass(frozen=True)
@@ -230,6 +234,54 @@ class Variants:
         found = lower(student(self.task, candidate.student))
         names = {x.name: (x.name,) if x.name in found.by_name else () for x in graph.layers}
         return Structured(found, names)
+
+
+def shapes(
+    graph: Graph, options: Mapping[str, Sequence[Any]], evidence: Evidence, example: Sequence[Array]
+) -> list[Graph]:
+    """Graphs whose layers have the channel counts and the ranks that ``options`` offer: what a
+    device model times before a search, since the time of a kernel goes in steps with its channels.
+
+    A layer's inputs and outputs belong to two channel groups as a rule: of groups that meet in a
+    layer one has the first and one the second of two levels, and every pair of levels makes a
+    graph, `SHAPES` of them at most. Ranks come a level at a time, on channels as they are.
+    """
+    channels = Channels(graph)
+    pruned = {n[6:]: o for n, o in options.items() if n.startswith("prune:") and len(o) > 1}
+    parity = _parity([channels.groups[n] for n in pruned])
+    levels = max(map(len, pruned.values()), default=1)
+    count = min(levels, int(SHAPES**0.5))
+    steps = [i / max(1, count - 1) for i in range(count)]  # 0: most pruned, 1: least
+    found = []
+    for pair in itertools.product(steps, steps if any(parity.values()) else steps[:1]):
+        gone: set[int] = set()
+        for name, offered in pruned.items():
+            ratio = offered[round(pair[parity[name]] * (len(offered) - 1))]
+            group = channels.groups[name]
+            gone.update(group.labels[: units_removed(group, ratio)])
+        if gone:
+            found.append(Graph.read(channels.without(gone), example))
+    ranks = {n[5:]: o for n, o in options.items() if n.startswith("rank:") and len(o) > 1}
+    for level in range(max(map(len, ranks.values()), default=1)):
+        picks = {n: o[min(level, len(o) - 1)] for n, o in ranks.items()}
+        candidate = Candidate(rank={n: r for n, r in picks.items() if r is not None})
+        if candidate.rank:
+            found.append(structured(graph, candidate, evidence, example).graph)
+    return found
+
+
+def _parity(groups: Sequence[ChannelGroup]) -> dict[str, int]:
+    """0 or 1 for each group, such that two that meet in a layer differ where they can."""
+    found: dict[str, int] = {}
+    for group in groups:
+        met = [
+            found[other.name]
+            for other in groups
+            if other.name in found
+            and (set(group.makers) & set(other.readers) or set(group.readers) & set(other.makers))
+        ]
+        found[group.name] = int(met.count(0) > met.count(1))
+    return found
 
 
 def student(task: Task, options: Any) -> Task:
