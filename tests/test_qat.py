@@ -176,6 +176,86 @@ def test_masked_weights_stay_zero_in_the_file(prepared: Context, tmp_path: Path)
     assert not entry.values[::2].any() and entry.values[1::2].any()
 
 
+SPARSE = [
+    LayerChoice(4, 8, sparsity=0.6),
+    LayerChoice(3, 8, sparsity="2:4"),
+    LayerChoice(3, 8, codebook=True),
+    LayerChoice(3, 8, sparsity=0.5, codebook=True),
+]
+
+
+def sparse(choice: LayerChoice, **training: Any) -> Candidate:
+    layers = {**dict.fromkeys(LAYERS, choice), "head": LayerChoice(8, 8)}
+    settings = {"steps": 150, "batch_size": 32, "learning_rate": 0.003, "alpha": 1.0, **training}
+    return resolve(graph(), Candidate(layers, training={**settings, "temperature": 1.0}))
+
+
+@pytest.mark.parametrize("choice", SPARSE, ids=["ratio", "2:4", "codebook", "both"])
+def test_pruned_and_clustered_weights_train_as_they_are_stored(
+    prepared: Context, tmp_path: Path, choice: LayerChoice
+) -> None:
+    found = sparse(choice)
+    made = trained(prepared, tmp_path, found)
+    assert gap(prepared, made, found) < 0.8 * gap(prepared, None, found)
+    for name in ("first", "second"):
+        values = made.bank.overrides[name].values
+        if choice.sparsity == "2:4":
+            parts = np.moveaxis(values, 1, -1)[..., : values.shape[1] // 4 * 4]
+            assert ((parts.reshape(*parts.shape[:-1], -1, 4) != 0).sum(-1) <= 2).all()
+        else:
+            assert (values == 0).mean() >= float(choice.sparsity) - 1 / values.size
+        if choice.codebook:
+            table = made.bank.overrides[name].table
+            assert table is not None and set(values.ravel()) <= set(table) and len(table) == 8
+    simulated = Quantized(made.graph, found, made.calibration, made.bank, FLOAT_TYPE)
+    images = np.concatenate([x for x, _ in batches(77)])
+    with torch.no_grad():
+        seen = simulated((torch.from_numpy(images),), ())[0].numpy()
+    got = outputs(made, found)
+    assert np.median(np.abs(got - seen)) < 1e-5 * np.ptp(got)
+
+
+def test_zeros_grow_while_a_network_trains(prepared: Context, tmp_path: Path) -> None:
+    shares = []
+
+    def look(_step: int, _steps: int, weights: Any) -> None:
+        shares.append(float((weights["second"] == 0).float().mean()))
+
+    trained(prepared, tmp_path, sparse(LayerChoice(4, 8, sparsity=0.8)), adjust=look)
+    assert shares[0] < 0.05 and shares[20] < 0.7
+    assert shares[75] == pytest.approx(0.8, abs=0.01) and shares[-1] >= shares[75] - 1e-6
+    assert (np.diff(shares) >= -1e-6).all()
+
+
+def test_the_values_of_a_codebook_are_learned(prepared: Context, tmp_path: Path) -> None:
+    found = sparse(LayerChoice(2, 8, codebook=True))
+    made = trained(prepared, tmp_path, found)
+    before = prepared.bank.get(prepared.graph.by_name["second"], found.choice("second")).table
+    after = made.bank.overrides["second"].table
+    assert before is not None and after is not None and (before != after).any()
+
+
+def test_two_sparse_candidates_teach_each_other(prepared: Context, tmp_path: Path) -> None:
+    c = prepared
+    pair = sparse(SPARSE[0], steps=40), sparse(SPARSE[3], steps=40)
+    given = task(tmp_path, train=batches(4, 128))
+    made = train_pair(c.graph, pair, c.calibration, c.bank, FLOAT_TYPE, given)
+    for m, share in zip(made, (0.6, 0.5), strict=True):
+        assert (m.bank.overrides["second"].values == 0).mean() >= share - 0.01
+
+
+def test_pruning_by_steps_continues_no_shorter_run(prepared: Context, tmp_path: Path) -> None:
+    folder = tmp_path / "training"
+    for choice, resumed in ((SPARSE[0], 0), (SPARSE[1], 24)):
+        trained(prepared, tmp_path, sparse(choice, steps=40), checkpoints=folder)
+        long = sparse(choice, steps=60)
+        continued = trained(prepared, tmp_path, long, checkpoints=folder)
+        assert continued.history.resumed == resumed
+        assert np.array_equal(
+            outputs(continued, long), outputs(trained(prepared, tmp_path, long), long)
+        )
+
+
 @pytest.mark.parametrize("teacher", ["self", "mutual", "none"])
 def test_other_teachers(prepared: Context, tmp_path: Path, teacher: str) -> None:
     made = trained(prepared, tmp_path, candidate((2, 8), teacher=teacher, alpha=0.5))

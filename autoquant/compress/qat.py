@@ -8,7 +8,7 @@ out, integers, scales, biases and ranges, makes the artifact by the usual path.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -18,7 +18,16 @@ import numpy as np
 
 from autoquant.calibration import Calibration
 from autoquant.candidate import Candidate, LayerChoice
-from autoquant.compress.bank import Bank, QuantizedWeight, broadcast_scale, own_bias, takes_bias
+from autoquant.compress.bank import (
+    Bank,
+    QuantizedWeight,
+    as_rows,
+    as_weight,
+    broadcast_scale,
+    kernel_positions,
+    own_bias,
+    takes_bias,
+)
 from autoquant.compress.qdq import (
     TENSORRT,
     Grid,
@@ -30,6 +39,7 @@ from autoquant.compress.qdq import (
     widths_read,
 )
 from autoquant.compress.rounding import integer_range
+from autoquant.compress.sparsity import gradual, keep_mask, kmeans
 from autoquant.compress.train import Adjust, GraphNetwork, History, Network, fit, teacher_of
 from autoquant.graph import Graph, Layer, clamp_bounds
 from autoquant.task import Array, Task
@@ -39,6 +49,8 @@ if TYPE_CHECKING:
     import torch
 
 _LEAST = 1e-3  # a step is at least so much of what it was
+_PRUNED = 0.5  # share of the steps in which weights are pruned
+_MASKS = 40  # masks until then
 _SHARE = 8  # one sample of so many says how an activation's step is to move
 
 
@@ -77,11 +89,12 @@ class Quantized(GraphNetwork):
         import torch
 
         choice = self.candidate.choice(layer.name)
-        entry = self.bank.get(layer, choice) if choice.weight_bits <= 8 else None
         is_free = layer.kind in ("Conv", "Gemm", "MatMul") and not self.bank.is_shared(layer)
+        start = starting(choice) if is_free else choice
+        entry = self.bank.get(layer, start) if choice.weight_bits <= 8 else None
         if is_free and (entry is None or not entry.block):
             unit = _rms(self.calibration, layer.output)
-            self.tuned[layer.name] = _Weight(self.graph, layer, entry, unit)
+            self.tuned[layer.name] = _Weight(self.graph, layer, entry, unit, bool(choice.sparsity))
         elif entry is not None:
             self.fixed[layer.name] = torch.from_numpy(np.array(entry.dequantized()))
             if entry.shift is not None:
@@ -169,6 +182,7 @@ class Quantized(GraphNetwork):
         self._touch()
         weights = [t.values for t in self.tuned.values()]
         others = [t.shift for t in self.tuned.values() if t.has_bias]
+        others += [t.table for t in self.tuned.values() if t.table is not None]
         if self.learns_steps:
             others += [t.step for t in self.tuned.values() if t.step is not None]
             others += [g.step for g in self.grids.values() if g.step.requires_grad]
@@ -203,6 +217,8 @@ class Quantized(GraphNetwork):
                 found[f"{name}/bias"] = tuned.shift
             if tuned.step is not None:
                 found[f"{name}/step"] = tuned.step
+            if tuned.table is not None:
+                found[f"{name}/table"] = tuned.table
         for (root, bits), grid in self.grids.items():
             found[f"{root}/{bits}"] = grid.step
         return found
@@ -277,25 +293,39 @@ class _Weight:
     """One layer's weight and bias as parameters; ``entry``: where it starts, None for float.
 
     A weight starts inside the cell of the code that the bank gave it, as near as that allows to
-    where it was.
+    where it was. The values of a codebook are learned too: each by the gradients of all weights
+    that have it (Han et al. 2016, section 3), zero stays where ``keeps_zero``; rounded to int8 as
+    they are stored.
     """
 
     def __init__(
-        self, graph: Graph, layer: Layer, entry: QuantizedWeight | None, output_unit: float
+        self,
+        graph: Graph,
+        layer: Layer,
+        entry: QuantizedWeight | None,
+        output_unit: float,
+        keeps_zero: bool = False,
     ) -> None:
         import torch
 
-        self.entry, self.step = entry, None
+        self.layer, self.entry, self.step, self.table = layer, entry, None, None
         weight = np.array(graph.array(layer.weight))
         axis, rank = layer.channel_axis, weight.ndim
         others = tuple(i for i in range(rank) if i != axis)
         self.unit = np.sqrt((weight.astype(np.float64) ** 2).mean(others, keepdims=True))
         self.unit = np.maximum(self.unit, 1e-8).astype(np.float32)
         if entry is not None:
-            self.low, self.high = integer_range(entry.bits)
+            self.low, self.high = integer_range(8 if entry.table is not None else entry.bits)
             scale = broadcast_scale(entry.scale, entry.axis, rank)
-            codes = entry.values.astype(np.float32)
-            weight = np.clip(weight / scale, codes - 0.49, codes + 0.49) * scale
+            low, high = entry.values - 0.49, entry.values + 0.49
+            if entry.table is not None:
+                low, high = _cells(entry.values, entry.table.astype(np.float32))
+                table = torch.from_numpy(entry.table.astype(np.float32))
+                self.table = (table / self.high).requires_grad_()
+                self.moves = torch.ones_like(table)
+                if keeps_zero:
+                    self.moves[table.abs().argmin()] = 0
+            weight = np.clip(weight / scale, low, high) * scale
             self.scale = torch.from_numpy(np.array(scale))
             self.step = torch.ones_like(self.scale).requires_grad_()
             count = weight.size / self.scale.numel()
@@ -317,8 +347,40 @@ class _Weight:
         step = self.step * self.slow
         step = (step + (self.step - step).detach()).clamp_min(_LEAST)  # gradient scale
         scale = self.scale * step
+        if self.table is not None:
+            return self._looked_up(value / scale) * scale
         codes = (value / scale).clamp(self.low, self.high)
         return (codes + (codes.round() - codes).detach()) * scale
+
+    def _looked_up(self, codes: Any) -> Any:
+        """The nearest values of the table; gradients go to these, and past them to the weights
+        between its ends, which so change their place."""
+        import torch
+
+        table = self._values().sort().values
+        fixed = table.detach()
+        found = table[torch.bucketize(codes.detach(), 0.5 * (fixed[1:] + fixed[:-1]))]
+        passed = codes.clamp(fixed[0], fixed[-1])
+        return found + (passed - passed.detach())
+
+    def _values(self) -> Any:
+        """The table in int8 steps, as it is stored."""
+        assert self.table is not None
+        values = self.table * self.moves * self.high
+        return (values + (values.round() - values).detach()).clamp(self.low, self.high)
+
+    def cluster(self) -> None:
+        """Find the table anew for the weights that are not zero now."""
+        import torch
+
+        assert self.table is not None
+        with torch.no_grad():
+            codes = (self.values * self.unit / self.steps()).numpy()
+            count = int(self.moves.sum())
+            centres = kmeans(codes[codes != 0], count) if codes.any() else np.zeros(1)
+            padded = np.pad(centres, (0, count - len(centres)), mode="edge")
+            found = torch.from_numpy(padded.astype(np.float32)) / self.high
+            self.table[self.moves.bool()] = found.clamp(-1, 1)
 
     def steps(self) -> Any:
         """The scales of its codes, in the weight's rank."""
@@ -338,14 +400,81 @@ class _Weight:
         """What is stored."""
         assert self.entry is not None and self.step is not None
         scale = self.steps()
-        codes = (self.values.detach() * self.unit / scale).clamp(self.low, self.high).round()
+        codes, table = self.values.detach() * self.unit / scale, None
+        if self.table is None:
+            codes = codes.clamp(self.low, self.high).round()
+        else:
+            codes = self._looked_up(codes).detach()
+            table = self._values().detach().sort().values.numpy().astype(np.int8)
         shift = self.bias().detach().numpy() - self.own if self.has_bias else None
         return replace(
             self.entry,
             values=codes.numpy().astype(np.int8),
             scale=np.ascontiguousarray(scale.numpy().reshape(-1)),
             shift=shift,
+            table=table,
         )
+
+
+def _cells(values: Array, table: Array) -> tuple[Array, Array]:
+    """Between which values a weight has the place in a sorted table that ``values`` have."""
+    places = np.searchsorted(table, values)
+    middles = 0.5 * (table[1:] + table[:-1])
+    low = np.concatenate([[-np.inf], middles + 0.01]).astype(np.float32)
+    high = np.concatenate([middles - 0.01, [np.inf]]).astype(np.float32)
+    return low[places], high[places]
+
+
+def _is_gradual(choice: LayerChoice) -> bool:
+    """Whether training makes its zeros bit by bit; those of a pattern are there from the start."""
+    return bool(choice.sparsity) and not isinstance(choice.sparsity, str)
+
+
+def starting(choice: LayerChoice) -> LayerChoice:
+    """What the weights of a choice are in the bank before they train."""
+    return replace(choice, sparsity=0.0) if _is_gradual(choice) else choice
+
+
+class _Masks:
+    """Keeps pruned weights at zero while they train: an `Adjust` (train, prune, retrain).
+
+    A share of zeros grows over the first `_PRUNED` of the steps, by magnitude, in units of each
+    channel's size; a pattern stays that of the start. Codebooks are found anew with each mask.
+    """
+
+    def __init__(self, network: Quantized) -> None:
+        self.network = network
+        choices = {name: network.candidate.choice(name) for name in network.tuned}
+        self.choices = {name: c for name, c in choices.items() if c.sparsity}
+        self.masks: dict[str, Any] = {}
+        for name, choice in self.choices.items():
+            if not _is_gradual(choice):
+                self._choose(name, choice.sparsity)
+
+    @property
+    def is_gradual(self) -> bool:
+        """Whether the masks of a step depend on how many there are."""
+        return any(_is_gradual(choice) for choice in self.choices.values())
+
+    def _choose(self, name: str, sparsity: float | str) -> None:
+        import torch
+
+        tuned = self.network.tuned[name]
+        size = as_rows(tuned.values.detach().abs().numpy(), tuned.layer)
+        mask = keep_mask(size, sparsity, kernel_positions(tuned.layer))
+        self.masks[name] = torch.from_numpy(as_weight(mask, tuned.layer))
+
+    def __call__(self, step: int, steps: int, weights: Mapping[str, Any]) -> None:
+        """See `Adjust`."""
+        end = max(1, int(_PRUNED * steps))
+        is_due = step <= end and (step % max(1, end // _MASKS) == 0 or step == end)
+        for name, choice in self.choices.items():
+            is_new = _is_gradual(choice) and (is_due or name not in self.masks)
+            if is_new:
+                self._choose(name, gradual(float(choice.sparsity), step / end))
+            weights[name].mul_(self.masks[name])
+            if is_new and choice.codebook:
+                self.network.tuned[name].cluster()
 
 
 def _rms(calibration: Calibration, tensor: str) -> float:
@@ -433,9 +562,18 @@ def train(
         return Quantized(graph, chosen, calibration, bank, dialect, settings.quantizer)
 
     networks = [network(candidate)]
+    masks = _Masks(networks[0])
+
+    def adjusted(step: int, steps: int, weights: Mapping[str, Any]) -> None:
+        masks(step, steps, weights)
+        if adjust is not None:
+            adjust(step, steps, weights)
+
+    if masks.is_gradual:
+        checkpoints = None  # a longer run prunes more slowly: it continues no shorter one
     if settings.teacher == "mutual":
         networks.append(network(peer_of(graph, candidate)))
-    history = fit(networks, found, task, settings, adjust, checkpoints)
+    history = fit(networks, found, task, settings, adjusted, checkpoints)
     return Trained(*networks[0].result(), history)
 
 
@@ -453,7 +591,13 @@ def train_pair(
     one, two = (
         Quantized(graph, c, calibration, bank, dialect, settings.quantizer) for c in candidates
     )
-    history = fit([one, two], None, task, settings)
+    masks = [_Masks(one), _Masks(two)]
+
+    def adjust(step: int, steps: int, _weights: Mapping[str, Any]) -> None:
+        for mask in masks:
+            mask(step, steps, mask.network.weights())
+
+    history = fit([one, two], None, task, settings, adjust)
     return Trained(*one.result(), history), Trained(*two.result(), history)
 
 
