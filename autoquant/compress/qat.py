@@ -317,7 +317,8 @@ class _Weight:
         if entry is not None:
             self.low, self.high = integer_range(8 if entry.table is not None else entry.bits)
             scale = broadcast_scale(entry.scale, entry.axis, rank)
-            low, high = entry.values - 0.49, entry.values + 0.49
+            codes = entry.values.astype(np.float32)
+            low, high = codes - 0.49, codes + 0.49
             if entry.table is not None:
                 low, high = _cells(entry.values, entry.table.astype(np.float32))
                 table = torch.from_numpy(entry.table.astype(np.float32))
