@@ -30,8 +30,8 @@ from autoquant.search.trial import prepare
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = (
-    "search", "front", "compare", "export", "verify", "compress", "inspect", "profile", "ui",
-    "spaces", "hardware", "tasks",
+    "search", "front", "compare", "export", "unpack", "verify", "compress", "inspect",
+    "profile", "ui", "spaces", "hardware", "tasks",
 )  # fmt: skip
 
 
