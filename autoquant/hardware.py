@@ -175,7 +175,8 @@ class LatencyModel(document.Document):
     ``kernel_ms``: signature of a layer at a precision → isolated kernel time.
     ``coefficients``: of the kernel sum of each precision, of the elements converted to int8 and
     to float (in millions), and the constant in ms. ``error``: mean absolute relative error on
-    held-out ones of the ``mixes`` that the coefficients were fitted on.
+    held-out ones of the ``mixes`` that the coefficients were fitted on. ``runtime``: its name
+    and version, ``onnxruntime 1.31.1``.
     """
 
     cpu: str
@@ -187,6 +188,11 @@ class LatencyModel(document.Document):
     error: float | None = None
     mixes: int = 0
     source: str
+
+    @property
+    def measured_with(self) -> str:
+        """The name of the runtime."""
+        return self.runtime.partition(" ")[0]
 
 
 class Hardware(document.Document):
@@ -200,7 +206,7 @@ class Hardware(document.Document):
 
     name: str = ""
     description: str = ""
-    runtime: Literal["onnxruntime"] = "onnxruntime"
+    runtime: Literal["onnxruntime", "openvino", "openvino-bf16"] = "onnxruntime"
     dialect: Literal["onnxruntime", "openvino", "tensorrt"] = "onnxruntime"
     formats: tuple[Literal["encodings", "c-header", "tflite"], ...] = ()
     latency: Literal["measured", "analytic"] = "measured"
@@ -216,6 +222,11 @@ class Hardware(document.Document):
             raise ValueError("an analytic profile has a device and no measured model")
         if not analytic and self.device is not None:
             raise ValueError("a profile with a device needs latency: analytic")
+        if self.model is not None and self.model.measured_with != self.runtime:
+            raise ValueError(
+                f"the model was measured with {self.model.runtime}, the profile's runtime is "
+                f"{self.runtime}"
+            )
         for index, kernel in enumerate(self.kernels):
             if not analytic:
                 break

@@ -1,6 +1,6 @@
 """Run ONNX files: open a session, run batches, measure latency, read the kernels that ran.
 
-Every session opens with ``SESSION_CONFIG``. Left alone, onnxruntime quantizes float layers that
+Every onnxruntime session opens with ``SESSION_CONFIG``. Left alone, onnxruntime quantizes float layers that
 sit between int8 layers (WeightBiasQuantization), so that the artifact would no longer be what
 its candidate says; and it turns MatMul + Add into a Gemm whose float bias keeps it from running
 in int8 (MatMulAddFusion).
@@ -22,6 +22,7 @@ import numpy as np
 
 from autoquant.errors import ModelError
 from autoquant.result import Latency
+from autoquant.runtime_openvino import OpenVINO
 from autoquant.task import Array
 
 if TYPE_CHECKING:
@@ -50,8 +51,24 @@ class Runtime(Protocol):
 
     name: str
 
-    def open(self, model: bytes | str | Path, threads: int = 1) -> Session:
-        """Load a model for ``threads`` intra-operator threads; ModelError if it cannot."""
+    @property
+    def version(self) -> str:
+        """The name and the version of the library, which latencies depend on."""
+        ...
+
+    def open(
+        self, model: bytes | str | Path, threads: int = 1, inputs: Sequence[Array] | None = None
+    ) -> Session:
+        """Load a model for ``threads`` intra-operator threads; ModelError if it cannot.
+
+        ``inputs``: the session is to be timed on inputs of their shapes, and runs no others.
+        """
+        ...
+
+    def kernel_times(
+        self, model: bytes, inputs: Sequence[Array], threads: int = 1, runs: int = 20
+    ) -> dict[str, float]:
+        """Milliseconds of each kernel of a model by ``operator/node name``."""
         ...
 
 
@@ -80,15 +97,23 @@ class OnnxRuntime:
 
     name = "onnxruntime"
 
+    @property
+    def version(self) -> str:
+        """``onnxruntime 1.31.1``."""
+        import onnxruntime as ort
+
+        return f"{self.name} {ort.__version__}"
+
     def open(
         self,
         model: bytes | str | Path,
         threads: int = 1,
+        inputs: Sequence[Array] | None = None,
         profile: Path | None = None,
         optimized: Path | None = None,
         optimize: bool = True,
     ) -> OnnxSession:
-        """Load a model. ``profile``: prefix of a kernel trace; ``optimized``: where to write
+        """Load a model; shapes of ``inputs`` do not matter. ``profile``: prefix of a kernel trace; ``optimized``: where to write
         the graph that runs; ``optimize=False`` keeps the graph as it is in the file.
 
         Raises ModelError with onnxruntime's reason.
@@ -117,8 +142,29 @@ class OnnxRuntime:
             raise ModelError(f"onnxruntime cannot load the model: {reason}") from None
         return OnnxSession(session)
 
+    def kernel_times(
+        self, model: bytes, inputs: Sequence[Array], threads: int = 1, runs: int = 20
+    ) -> dict[str, float]:
+        """Milliseconds of each kernel by ``operator/node name``: the mean of the faster half of
+        ``runs``, since the trace counts in whole microseconds."""
+        with tempfile.TemporaryDirectory() as folder:
+            session = self.open(model, threads, profile=Path(folder) / "trace")
+            for _ in range(runs):
+                session.run(inputs)
+            events = json.loads(Path(session.session.end_profiling()).read_text(encoding="utf-8"))
+        found: dict[str, list[float]] = {}
+        for event in events:
+            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+                name = f"{event['args']['op_name']}/{event['name'].removesuffix('_kernel_time')}"
+                found.setdefault(name, []).append(event["dur"] / 1e3)
+        return {n: float(np.mean(sorted(t)[: max(1, len(t) // 2)])) for n, t in found.items()}
 
-RUNTIMES: dict[str, Callable[[], Runtime]] = {"onnxruntime": OnnxRuntime}
+
+RUNTIMES: dict[str, Callable[[], Runtime]] = {
+    "onnxruntime": OnnxRuntime,
+    "openvino": OpenVINO,
+    "openvino-bf16": lambda: OpenVINO("bf16"),
+}
 
 
 def run_batches(
@@ -191,24 +237,6 @@ def optimized_graph(model: bytes) -> Any:
 def kernels(model: bytes) -> Counter[str]:
     """How often each operator stands in the graph that onnxruntime runs."""
     return Counter(node.op_type for node in optimized_graph(model).graph.node)
-
-
-def kernel_times(
-    model: bytes, inputs: Sequence[Array], *, threads: int = 1, runs: int = 20
-) -> dict[str, float]:
-    """Milliseconds of each kernel by ``operator/node name``: the mean of the faster half of
-    ``runs``, since the trace counts in whole microseconds."""
-    with tempfile.TemporaryDirectory() as folder:
-        session = OnnxRuntime().open(model, threads, profile=Path(folder) / "trace")
-        for _ in range(runs):
-            session.run(inputs)
-        events = json.loads(Path(session.session.end_profiling()).read_text(encoding="utf-8"))
-    found: dict[str, list[float]] = {}
-    for event in events:
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            name = f"{event['args']['op_name']}/{event['name'].removesuffix('_kernel_time')}"
-            found.setdefault(name, []).append(event["dur"] / 1e3)
-    return {n: float(np.mean(sorted(t)[: max(1, len(t) // 2)])) for n, t in found.items()}
 
 
 def describe() -> dict[str, str]:

@@ -25,6 +25,7 @@ from autoquant.cost.table import (
 )
 from autoquant.errors import HardwareError
 from autoquant.hardware import Hardware, LatencyModel, load_hardware
+from autoquant.runtime import OnnxRuntime
 from autoquant.task import Array
 
 MEASURED = ("float", "int8", "dynamic")
@@ -100,7 +101,7 @@ def test_a_kernel_that_is_in_the_cache_is_not_measured_again(
     def refuse(*_: object, **__: object) -> dict[str, float]:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(table, "kernel_times", refuse)
+    monkeypatch.setattr(OnnxRuntime, "kernel_times", refuse)
     for name, model in measured.items():
         assert device(NETWORKS[name]()).kernel_ms == model.kernel_ms
     (path,) = cache.glob("kernels-*.json")
@@ -112,7 +113,7 @@ def test_a_kernel_that_is_in_the_cache_is_not_measured_again(
 
 def test_a_damaged_cache_is_measured_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("AUTOQUANT_CACHE", str(tmp_path))
-    monkeypatch.setattr(table, "kernel_times", lambda *_, **__: {"QLinearConv/x": 0.25})
+    monkeypatch.setattr(OnnxRuntime, "kernel_times", lambda *_, **__: {"QLinearConv/x": 0.25})
     found = NETWORKS["chain"]()
     first = device(found).kernel_ms
     assert set(first.values()) == {0.25}
@@ -128,7 +129,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("AUTOQUANT_CACHE", str(tmp_path / "file"))
-    monkeypatch.setattr(table, "kernel_times", lambda *_, **__: {"QLinearConv/x": 0.25})
+    monkeypatch.setattr(OnnxRuntime, "kernel_times", lambda *_, **__: {"QLinearConv/x": 0.25})
     assert device(NETWORKS["chain"]()).kernel_ms
 
 
@@ -140,7 +141,7 @@ def test_conversions_do_not_count_as_the_kernel(
         "DequantizeLinear/c": 4.0, "Transpose/d": 8.0,
     }  # fmt: skip
     monkeypatch.setenv("AUTOQUANT_CACHE", str(tmp_path))
-    monkeypatch.setattr(table, "kernel_times", lambda *_, **__: times)
+    monkeypatch.setattr(OnnxRuntime, "kernel_times", lambda *_, **__: times)
     assert set(device(NETWORKS["chain"]()).kernel_ms.values()) == {0.5}
 
 

@@ -12,7 +12,6 @@ from autoquant.runtime import (
     RUNTIMES,
     OnnxRuntime,
     describe,
-    kernel_times,
     kernels,
     measure,
     optimized_graph,
@@ -102,7 +101,7 @@ def test_a_model_can_be_run_as_it_stands_in_the_file() -> None:
 
 def test_kernel_times_name_operator_and_node() -> None:
     net = NETWORKS["gemm"]()
-    found = kernel_times(net.graph.model.SerializeToString(), net.inputs, runs=3)
+    found = OnnxRuntime().kernel_times(net.graph.model.SerializeToString(), net.inputs, runs=3)
     assert list(found) == ["Gemm/fc"]
     assert 0 <= found["Gemm/fc"] < 1000
 

@@ -33,11 +33,12 @@ from autoquant.compress.qdq import Plan, mode, nbits_mode, plan, resolve
 from autoquant.errors import HardwareError
 from autoquant.graph import IR_VERSION, PRODUCT, Graph, Layer, attributes
 from autoquant.hardware import LatencyModel
-from autoquant.runtime import OnnxRuntime, describe, kernel_times, measure
+from autoquant.runtime import RUNTIMES, Runtime, describe, measure
 from autoquant.task import Array
 
 INT8 = LayerChoice(8, 8)
 _CONVERSIONS = ("QuantizeLinear", "DequantizeLinear", "Transpose", "ReorderInput", "ReorderOutput")
+_CONVERSIONS += ("Subgraph", "Reorder", "FakeQuantize", "Convert")  # as OpenVINO names them
 _NBITS = [
     LayerChoice(weight, activation, f"block{block}", dynamic=activation == 8, nbits=True)
     for weight in NBITS
@@ -56,7 +57,7 @@ class TableModel:
 
     ``error``: mean absolute relative error on measured mixes that the fit on ``mixes`` others
     has not seen; ``checks``: those, (predicted, measured) ms. ``seconds``: what measuring took,
-    0 where the model was read.
+    0 where the model was read. ``runtime``: of `RUNTIMES`, what it was measured with.
     """
 
     kernel_ms: Mapping[str, float]
@@ -67,6 +68,7 @@ class TableModel:
     threads: int
     seconds: float = field(default=0.0, compare=False)
     checks: tuple[tuple[float, float], ...] = field(default=(), compare=False)
+    runtime: str = "onnxruntime"
 
     def latency_ms(self, graph: Graph, candidate: Candidate, plan: Plan) -> float:
         """Predicted milliseconds of a planned candidate. Raises HardwareError."""
@@ -94,7 +96,10 @@ class TableModel:
         run meanwhile: a search calls it before its workers start.
         """
         layers = [x for x in graph.layers if x.kind != "Gather"]
-        found = _kernel_table(graph, layers, precisions, self.batch, self.threads, self.kernel_ms)
+        runtime = RUNTIMES[self.runtime]()
+        found = _kernel_table(
+            graph, layers, precisions, self.batch, self.threads, runtime, self.kernel_ms
+        )
         return replace(self, kernel_ms={**self.kernel_ms, **found})
 
 
@@ -106,15 +111,22 @@ def from_profile(model: LatencyModel, batch: int, threads: int) -> TableModel:
             f"not {batch} and {threads}"
         )
     error = float("nan") if model.error is None else model.error
-    return TableModel(model.kernel_ms, model.coefficients, error, model.mixes, batch, threads)
+    return TableModel(
+        model.kernel_ms,
+        model.coefficients,
+        error,
+        model.mixes,
+        batch,
+        threads,
+        runtime=model.measured_with,
+    )
 
 
 def to_profile(model: TableModel) -> LatencyModel:
     """The form that profiles and runs store."""
-    machine = describe()
     return LatencyModel(
-        cpu=machine["cpu"],
-        runtime=f"onnxruntime {machine['onnxruntime']}",
+        cpu=describe()["cpu"],
+        runtime=RUNTIMES[model.runtime]().version,
         batch=model.batch,
         threads=model.threads,
         kernel_ms=dict(model.kernel_ms),
@@ -261,6 +273,7 @@ def measure_device(
     inputs: Sequence[Array],
     *,
     dialect: str,
+    runtime: str = "onnxruntime",
     precisions: Sequence[str] = ("float", "int8"),
     threads: int = 1,
     seed: int = 0,
@@ -279,7 +292,8 @@ def measure_device(
     batch = int(inputs[0].shape[0])
     timed = [x for x in graph.layers if x.kind != "Gather"]
     timed += graph.products if products else ()
-    kernel_ms = _kernel_table(graph, timed, precisions, batch, threads)
+    there = RUNTIMES[runtime]()
+    kernel_ms = _kernel_table(graph, timed, precisions, batch, threads, there)
     lower = [p for p in precisions if p != "float"]
     mixes = _mixes(timed, lower, seed)
     unseen = [x for x in _held_out(timed, lower, held_out, seed + 1) if x not in mixes]
@@ -288,8 +302,16 @@ def measure_device(
         where = plan(graph, resolve(graph, mix), dialect)
         features.append(_features(graph, where, kernel_ms))
         artifact = compress(graph, mix, calibration, bank, dialect)
-        sessions[index] = OnnxRuntime().open(artifact.model, threads)
-    found = measure(sessions, inputs, threads=threads, seconds=0.6, min_rounds=20, max_rounds=200)
+        sessions[index] = there.open(artifact.model, threads, inputs)
+    found = measure(
+        sessions,
+        inputs,
+        threads=threads,
+        runtime=runtime,
+        seconds=0.6,
+        min_rounds=20,
+        max_rounds=200,
+    )
     times = np.array([found[i].latency_ms for i in range(len(features))])
     names = sorted({name for f in features for name in f if f[name]})
     matrix = np.array([[f.get(name, 0.0) for name in names] for f in features])
@@ -306,6 +328,7 @@ def measure_device(
         threads=threads,
         seconds=time.perf_counter() - start,
         checks=tuple((float(guess), float(found)) for guess, found in checks),
+        runtime=runtime,
     )
 
 
@@ -410,11 +433,12 @@ def _kernel_table(
     precisions: Sequence[str],
     batch: int,
     threads: int,
+    runtime: Runtime,
     given: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
     """Signature → ms of every kernel; those ``given`` stay as they are."""
-    machine = json.dumps({**describe(), "batch": batch, "threads": threads}, sort_keys=True)
-    digest = hashlib.sha256(machine.encode()).hexdigest()[:12]
+    about = {**describe(), "runtime": runtime.version, "batch": batch, "threads": threads}
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
     path = cache_folder() / f"kernels-{digest}.json"
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
@@ -429,7 +453,8 @@ def _kernel_table(
                 continue
             key = signature(graph, layer, name)
             if key not in known:
-                known[key], fresh = _kernel_time(graph, layer, name, batch, threads), True
+                known[key] = _kernel_time(graph, layer, name, batch, threads, runtime)
+                fresh = True
             table[key] = known[key]
     if fresh:
         _write(path, known)
@@ -448,7 +473,9 @@ def _write(path: Path, known: Mapping[str, float]) -> None:
         return
 
 
-def _kernel_time(graph: Graph, layer: Layer, name: str, batch: int, threads: int) -> float:
+def _kernel_time(
+    graph: Graph, layer: Layer, name: str, batch: int, threads: int, runtime: Runtime
+) -> float:
     """Milliseconds of a layer alone at one precision, conversions around it left out."""
     shapes = [layer.input_shape, layer.weight_shape][: len(layer.inputs)]
     shapes = [(shape[0] * batch, *shape[1:]) for shape in shapes]
@@ -465,7 +492,7 @@ def _kernel_time(graph: Graph, layer: Layer, name: str, batch: int, threads: int
     candidate = Candidate({layer.name: _choice(layer, name)})
     artifact = compress(single, candidate, calibration, Bank(single), "onnxruntime")
     runs = int(np.clip(2e9 / max(1, layer.macs * batch), 15, 100))
-    times = kernel_times(artifact.model, values, threads=threads, runs=runs)
+    times = runtime.kernel_times(artifact.model, values, threads, runs)
     return sum(t for key, t in times.items() if key.split("/")[0] not in _CONVERSIONS)
 
 
