@@ -1,9 +1,9 @@
 """Run ONNX files: open a session, run batches, measure latency, read the kernels that ran.
 
-Every onnxruntime session opens with ``SESSION_CONFIG``. Left alone, onnxruntime quantizes float layers that
-sit between int8 layers (WeightBiasQuantization), so that the artifact would no longer be what
-its candidate says; and it turns MatMul + Add into a Gemm whose float bias keeps it from running
-in int8 (MatMulAddFusion).
+Every session of onnxruntime opens with ``SESSION_CONFIG``. Left alone, it quantizes float layers
+that sit between int8 layers (WeightBiasQuantization), so that the artifact would no longer be
+what its candidate says; and it turns MatMul + Add into a Gemm whose float bias keeps it from
+running in int8 (MatMulAddFusion).
 """
 
 from __future__ import annotations
@@ -113,8 +113,9 @@ class OnnxRuntime:
         optimized: Path | None = None,
         optimize: bool = True,
     ) -> OnnxSession:
-        """Load a model; shapes of ``inputs`` do not matter. ``profile``: prefix of a kernel trace; ``optimized``: where to write
-        the graph that runs; ``optimize=False`` keeps the graph as it is in the file.
+        """Load a model; ``inputs`` change nothing here. ``profile``: prefix of a kernel trace;
+        ``optimized``: where to write the graph that runs; ``optimize=False`` keeps the graph as
+        it is in the file.
 
         Raises ModelError with onnxruntime's reason.
         """

@@ -17,10 +17,19 @@ from autoquant.runtime import (
     optimized_graph,
     run_batches,
 )
+from autoquant.runtime_openvino import is_installed
 from autoquant.task import Array
 
+here = pytest.mark.skipif(not is_installed(), reason="pip install 'autoquant[openvino]'")
 
-@pytest.mark.parametrize("runtime", [make() for make in RUNTIMES.values()], ids=list(RUNTIMES))
+
+@pytest.mark.parametrize(
+    "runtime",
+    [
+        pytest.param(make(), id=name, marks=here if name.startswith("openvino") else ())
+        for name, make in RUNTIMES.items()
+    ],
+)
 class TestRuntimes(RuntimeContract):
     pass
 

@@ -37,7 +37,7 @@ from autoquant.task import Array
 NBITS_DOMAIN = "com.microsoft"
 DIALECTS = ("onnxruntime", "openvino", "tensorrt")
 INT8_KINDS = ("Conv", "Gemm", "MatMul")
-TENSORRT = "tensorrt"
+OPENVINO, TENSORRT = "openvino", "tensorrt"
 _MOVES = (
     "MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Pad"
 )  # fmt: skip
@@ -836,26 +836,43 @@ class _Writer:
         return model
 
     def _unpack(self, bits: int, entries: dict[str, QuantizedWeight]) -> None:
-        """All weights of one width: blob → planes → integers → Split → Reshape a weight."""
-        joined = ""
-        stem = f"packed{bits}"
+        """All weights of one width: blob → planes → integers → Split → Reshape a weight.
+
+        OpenVINO folds no operators on bits, runs the layers behind them in float, and gets some
+        wrong: there they are int32 arithmetic, which onnxruntime takes three times as long to fold.
+        """
+        stem, joined = f"packed{bits}", ""
         for i, width in enumerate(PLANES[bits]):
             blob = np.concatenate([e.planes[i] for e in entries.values()])
-            plane = self._named(f"{stem}.{i}", blob)
-            places = self._constant(np.arange(0, 8, width, dtype=np.uint8)[None])
-            mask = self._constant(np.uint8(2**width - 1))
+            name, plane = f"{stem}.{i}", self._named(f"{stem}.{i}", blob)
+            places = np.arange(0, 8, width, dtype=np.uint8)[None]
+            if self.dialect == OPENVINO:
+                units = self._constant(2 ** places.astype(np.int32))
+                values = self._constant(np.int32(2**width))
+                self._node("Cast", [plane], f"{name}.c", to=TensorProto.INT32)
+                self._node("Div", [f"{name}.c", units], f"{name}.s")
+                self._node("Mod", [f"{name}.s", values], f"{name}.m")
+            else:
+                shift = self._constant(places)
+                mask = self._constant(np.uint8(2**width - 1))
+                self._node("BitShift", [plane, shift], f"{name}.s", direction="RIGHT")
+                self._node("BitwiseAnd", [f"{name}.s", mask], f"{name}.m")
             flat = self._constant(np.array([-1], np.int64))
-            self._node("BitShift", [plane, places], f"{stem}.{i}.s", direction="RIGHT")
-            self._node("BitwiseAnd", [f"{stem}.{i}.s", mask], f"{stem}.{i}.m")
-            self._node("Reshape", [f"{stem}.{i}.m", flat], f"{stem}.{i}.f")
-            if joined:
+            self._node("Reshape", [f"{name}.m", flat], f"{name}.f")
+            if joined and self.dialect == OPENVINO:
+                self._node("Mul", [joined, values], f"{name}.l")
+                self._node("Add", [f"{name}.l", f"{name}.f"], f"{name}.j")
+            elif joined:
                 by = self._constant(np.uint8(width))
-                self._node("BitShift", [joined, by], f"{stem}.{i}.l", direction="LEFT")
-                self._node("BitwiseOr", [f"{stem}.{i}.l", f"{stem}.{i}.f"], f"{stem}.{i}.j")
-            joined = f"{stem}.{i}.j" if joined else f"{stem}.{i}.f"
-        offset = self._constant(np.int8(2 ** (bits - 1)))
-        self._node("Cast", [joined], f"{stem}.u", to=TensorProto.INT8)
-        self._node("Sub", [f"{stem}.u", offset], f"{stem}.w")
+                self._node("BitShift", [joined, by], f"{name}.l", direction="LEFT")
+                self._node("BitwiseOr", [f"{name}.l", f"{name}.f"], f"{name}.j")
+            joined = f"{name}.j" if joined else f"{name}.f"
+        if self.dialect == OPENVINO:
+            self._node("Sub", [joined, self._constant(np.int32(2 ** (bits - 1)))], f"{stem}.u")
+            self._node("Cast", [f"{stem}.u"], f"{stem}.w", to=TensorProto.INT8)
+        else:
+            self._node("Cast", [joined], f"{stem}.u", to=TensorProto.INT8)
+            self._node("Sub", [f"{stem}.u", self._constant(np.int8(2 ** (bits - 1)))], f"{stem}.w")
         sizes, parts = [], []
         for name, entry in entries.items():
             count = entry.values.size

@@ -107,15 +107,15 @@ def _plane_bits(
     producers: dict[str, onnx.NodeProto],
     initializers: dict[str, TensorProto],
 ) -> int:
-    """Width of a packed blob: the bits of the masks of all its planes."""
+    """Width of a packed blob: the bits of the masks (or remainders) of all its planes."""
     bits, todo = 0, [tensor]
     while todo:
         node = producers.get(todo.pop())
         if node is None:
             continue
-        if node.op_type == "BitwiseAnd":
-            mask = int(numpy_helper.to_array(initializers[node.input[1]]))
-            bits += mask.bit_length()
+        if node.op_type in ("BitwiseAnd", "Mod"):
+            first = int(numpy_helper.to_array(initializers[node.input[1]]).flat[0])
+            bits += (first - (node.op_type == "Mod")).bit_length()
         else:
             todo.extend(node.input)
     return bits

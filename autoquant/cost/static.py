@@ -11,7 +11,14 @@ from onnx import helper
 
 from autoquant.candidate import Candidate, LayerChoice, block_size
 from autoquant.compress.bank import PLANES, Bank
-from autoquant.compress.qdq import NBITS_DOMAIN, TENSORRT, Plan, from_softmax, nbits_attributes
+from autoquant.compress.qdq import (
+    NBITS_DOMAIN,
+    OPENVINO,
+    TENSORRT,
+    Plan,
+    from_softmax,
+    nbits_attributes,
+)
 from autoquant.graph import Graph, Layer, clamp_bounds
 
 _KEEP_SIGN = ("GlobalAveragePool", "AveragePool", "MaxPool", "Flatten", "Reshape", "Transpose")
@@ -142,6 +149,7 @@ class _File:
         self.sizes, self.graph = sizes, sizes.graph
         self.candidate, self.plan = candidate, plan
         self.is_tensorrt = sizes.dialect == TENSORRT
+        self.is_openvino = sizes.dialect == OPENVINO
         self.total = self.outside = 0
         self.known: set[Any] = set()  # constants, weights and their views that are written
         self.packed: dict[int, list[int]] = defaultdict(list)  # width → weights an entry
@@ -493,17 +501,28 @@ class _File:
         stem, entries = len(f"packed{bits}"), self.packed[bits]
         for i, width in enumerate(PLANES[bits]):
             self._tensor(stem + 2, (sum(math.ceil(n / 8) for n in entries) * width, 1), 1)
-            places = self._constant(("places", width), (1, 8 // width), 1)
-            mask = self._constant(("uint8", 2**width - 1), (), 1)
-            flat = self._constant("flat", (1,), 8)
-            self._node("BitShift", [stem + 2, places], [stem + 4], attributes=_RIGHT)
-            self._node("BitwiseAnd", [stem + 4, mask], [stem + 4])
-            self._node("Reshape", [stem + 4, flat], [stem + 4])
-            if i:
+            places: Any = (1, 8 // width)
+            if self.is_openvino:
+                units = self._constant(("units", width), places, 4)
+                count = self._constant(("int32", 2**width), (), 4)
+                self._node("Cast", [stem + 2], [stem + 4], attributes=_CAST)
+                self._node("Div", [stem + 4, units], [stem + 4])
+                self._node("Mod", [stem + 4, count], [stem + 4])
+            else:
+                shift = self._constant(("places", width), places, 1)
+                mask = self._constant(("uint8", 2**width - 1), (), 1)
+                self._node("BitShift", [stem + 2, shift], [stem + 4], attributes=_RIGHT)
+                self._node("BitwiseAnd", [stem + 4, mask], [stem + 4])
+            self._node("Reshape", [stem + 4, self._constant("flat", (1,), 8)], [stem + 4])
+            if i and self.is_openvino:
+                self._node("Mul", [stem + 4, count], [stem + 4])
+                self._node("Add", [stem + 4, stem + 4], [stem + 4])
+            elif i:
                 by = self._constant(("uint8", width), (), 1)
                 self._node("BitShift", [stem + 4, by], [stem + 4], attributes=_LEFT)
                 self._node("BitwiseOr", [stem + 4, stem + 4], [stem + 4])
-        offset = self._constant(("offset", bits), (), 1)
+        kind = ("int32", 4) if self.is_openvino else ("int8", 1)
+        offset = self._constant((kind[0], 2 ** (bits - 1)), (), kind[1])
         self._node("Cast", [stem + 4], [stem + 2], attributes=_CAST)
         self._node("Sub", [stem + 2, offset], [stem + 2])
         parts = len(entries) + sum(1 for n in entries if n % 8)

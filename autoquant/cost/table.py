@@ -37,8 +37,10 @@ from autoquant.runtime import RUNTIMES, Runtime, describe, measure
 from autoquant.task import Array
 
 INT8 = LayerChoice(8, 8)
-_CONVERSIONS = ("QuantizeLinear", "DequantizeLinear", "Transpose", "ReorderInput", "ReorderOutput")
-_CONVERSIONS += ("Subgraph", "Reorder", "FakeQuantize", "Convert")  # as OpenVINO names them
+_CONVERSIONS = (
+    *("QuantizeLinear", "DequantizeLinear", "Transpose", "ReorderInput", "ReorderOutput"),
+    *("Subgraph", "Reorder", "FakeQuantize", "Convert"),  # as OpenVINO names them
+)
 _NBITS = [
     LayerChoice(weight, activation, f"block{block}", dynamic=activation == 8, nbits=True)
     for weight in NBITS

@@ -34,7 +34,7 @@ from autoquant.front import (
 )
 from autoquant.hardware import Hardware, load_hardware
 from autoquant.result import Latency, TrialResult
-from autoquant.runtime import RUNTIMES, measure
+from autoquant.runtime import RUNTIMES, OnnxRuntime, measure
 from autoquant.search import executor as executors
 from autoquant.search.dimensions import structural_starts
 from autoquant.search.run import Run, describe_environment, open_run, without_password, write_json
@@ -666,9 +666,8 @@ def _verify(
     hashes = {r.trial: r.sha256 for r in results}
     test = _test_evaluator(task, context)
     if test is not None:
-        baseline["test_accuracy"] = test.set_reference(
-            runtime.open(float_model(context.original))
-        ).value
+        session = OnnxRuntime().open(float_model(context.original))
+        baseline["test_accuracy"] = test.set_reference(session).value
     baseline_model = float_model(context.original)
     int8 = _uniform_int8(context)
     models = {"float": baseline_model, "int8": context.compress(int8).model} if here else {}
@@ -725,7 +724,7 @@ def _timed(
 ) -> Mapping[str, Latency]:
     """The latencies of models, measured side by side."""
     runtime = RUNTIMES[name]()
-    sessions = {key: runtime.open(model, threads) for key, model in models.items()}
+    sessions = {key: runtime.open(model, threads, inputs) for key, model in models.items()}
     return measure(sessions, inputs, threads=threads, runtime=runtime.name, seconds=0.5)
 
 

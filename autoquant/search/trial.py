@@ -15,7 +15,7 @@ import numpy as np
 
 from autoquant.calibration import Calibration, calibrate, channel_peaks, fixed_batch, rebatch
 from autoquant.candidate import Candidate, LayerChoice
-from autoquant.compress import Artifact
+from autoquant.compress import Artifact, compress
 from autoquant.compress.bank import Bank
 from autoquant.compress.equalize import cross_layer_equalization, smooth, smoothed_tensors
 from autoquant.compress.lower import lower
@@ -269,7 +269,7 @@ def prepare(
         choices = _available(offered, graph, device)
     say(f"scoring the float network on {validation.samples:,} validation samples")
     evaluator = evaluator_for(task, graph, "validation", workers=workers, seed=seed)
-    session = RUNTIMES[device.runtime]().open(float_model(original))
+    session = OnnxRuntime().open(float_model(original))
     evaluator.set_reference(session)
     say(f"calibrating on {calibration_split.samples:,} samples")
     rounds_by_moments = _needs_moments(settings.rounding, choices)
@@ -293,6 +293,11 @@ def prepare(
     if found_space is not None:
         options = {**structural_options(found_space, graph, device), **options}
     example = tuple(to_numpy(value)[:1] for value in task.example_inputs)
+    probe = _probe(calibration_split, graph)
+    expected = _probed(session, probe, evaluator)
+    if device.runtime != "onnxruntime":
+        say(f"comparing {device.runtime} with onnxruntime")
+        _compare_runtimes(graph, calibration, bank, device, choices, probe, expected, evaluator)
     predictor: DeviceModel | None = None
     if latency and device.latency == "analytic":
         predictor = RooflineModel(graph, device, batch, threads)
@@ -313,7 +318,6 @@ def prepare(
         predictor = table
     cost = CostModel(graph, device.dialect, predictor, bank)
     baseline = cost.baseline()
-    probe = _probe(calibration_split, graph)
     climbs = task.train is not None and bool(settings.training.ladder())
     offered_steps = climbs or any(n.startswith("train:") for n in options)
     trains = offered_steps or (
@@ -342,7 +346,7 @@ def prepare(
         sample=tuple(array[:8] for array in calibration_split.batches[0]),
         probe=probe,
         inputs=calibration_split.batches,
-        expected=_probed(session, probe, evaluator),
+        expected=expected,
         gpus=task.gpus,
     )
 
@@ -426,6 +430,48 @@ def _probed(session: Session, probe: tuple[Array, ...], evaluator: Evaluator) ->
     return np.concatenate(
         [np.asarray(outputs[0])[:count] for outputs, count in zip(found, counts, strict=True)]
     )
+
+
+_WORSE = 3.0  # times as far from float as onnxruntime's answers: wrong, and no rounding
+
+
+def _compare_runtimes(
+    graph: Graph,
+    calibration: Calibration,
+    bank: Bank,
+    hardware: Hardware,
+    choices: Mapping[str, Sequence[LayerChoice]],
+    probe: tuple[Array, ...],
+    expected: Array,
+    evaluator: Evaluator,
+) -> None:
+    """Whether the profile's runtime computes an int8 candidate as onnxruntime does, on ``probe``.
+
+    Two runtimes round differently and are about equally far from the float network, by their
+    outputs' divergence. Raises HardwareError where the answers are much farther: OpenVINO's are
+    on processors without VNNI instructions.
+    """
+    int8 = {}
+    for name, offered in choices.items():
+        found = [c for c in offered if mode(graph.by_name[name], c) == "int8"]
+        if found:
+            int8[name] = max(found, key=lambda c: (c.activation_bits, c.weight_bits))
+    candidate = Candidate(int8)
+    model = compress(graph, candidate, calibration, bank, hardware.dialect).model
+    runtime, classes = RUNTIMES[hardware.runtime](), evaluator.metric == "top1"
+
+    def distance(session: Session) -> float:
+        return divergence(expected, _probed(session, probe, evaluator), classes)
+
+    known, own = distance(OnnxRuntime().open(model)), distance(runtime.open(model))
+    own_float = distance(runtime.open(float_model(graph)))
+    if not own <= _WORSE * known + own_float + 1e-6:
+        raise HardwareError(
+            f"{runtime.version} computes this network's int8 layers wrongly on this processor: on "
+            f"calibration inputs its answers diverge from the float network's by {own:.3g}, "
+            f"onnxruntime's for the same file by {known:.3g}; it needs VNNI instructions "
+            "(avx512_vnni or avx_vnni), or use --hardware onnxruntime-cpu"
+        )
 
 
 def evaluator_for(
@@ -533,6 +579,7 @@ def _device_model(
         bank,
         latency_inputs(task, graph, batch),
         dialect=hardware.dialect,
+        runtime=hardware.runtime,
         precisions=[p for p in PRECISIONS if p == "float" or p in modes],
         threads=threads,
         products=any(not graph.by_name[name].weight for name in choices),
