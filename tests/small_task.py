@@ -138,7 +138,7 @@ def profile() -> Hardware:
             "kernels": [kernel],
             "model": {
                 "cpu": "none",
-                "runtime": "none",
+                "runtime": "onnxruntime 0",
                 "batch": 1,
                 "threads": 1,
                 "kernel_ms": found,
