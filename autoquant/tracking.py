@@ -498,7 +498,7 @@ def _server(runs_dir: Path, address: str) -> Iterator[subprocess.Popen[bytes]]:
             _end(process)
 
 
-def _answers(url: str, process: subprocess.Popen[bytes], seconds: float = 60.0) -> bool:
+def _answers(url: str, process: subprocess.Popen[bytes], seconds: float = 120.0) -> bool:
     """Wait for a server; False if it ended or took too long."""
     deadline = time.monotonic() + seconds
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))

@@ -4,9 +4,10 @@
     python benchmarks/pages.py --run runs/NAME     # of a run that is there, no search
     python benchmarks/pages.py --pictures          # and write docs/images/*.png
 
-The size of ``front.html``, and the time from opening it to the last plot drawn (a new profile
-without a network, median of five); the same for MLflow's shared view, whose server is started
-here and ended. Needs Chromium and playwright (extra ``dev``).
+The size of ``front.html``, and the time from opening it until it can be read and until the last
+plot is drawn (a new profile without a network, medians of five); the same for MLflow's shared
+view, which draws the first 100 runs, the front first; its server is started here and ended. Needs
+Chromium and playwright (extra ``dev``).
 """
 
 from __future__ import annotations
@@ -30,18 +31,16 @@ DRAWN = """() => {
   const plots = [...document.querySelectorAll('.js-plotly-plot')];
   return plots.length && plots.every(p => p.querySelector('g.trace, g.hm'));
 }"""
-SCATTERS = """count => {
-  const found = [...document.querySelectorAll('.js-plotly-plot')].filter(
-    d => d.data && d.data[0].type.startsWith('scatter'));
-  return found.length > 0 && found.every(
-    d => d.data.reduce((n, t) => n + t.x.length, 0) >= count);
-}"""
+POINTS = """() => Math.min(...[...document.querySelectorAll('.js-plotly-plot')].filter(
+  d => d.data && d.data[0].type.startsWith('scatter')).map(
+  d => d.data.reduce((n, t) => n + t.x.length, 0)))"""
+PAINTED = "performance.getEntriesByName('first-contentful-paint')[0].startTime"
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
 
 
 def report(browser: Any, path: Path, picture: Path | None) -> dict[str, Any]:
     """Size and time to open the report."""
-    seconds = []
+    seconds, painted = [], []
     for _ in range(5):
         context = browser.new_context(offline=True, viewport={"width": 1280, "height": 1000})
         page = context.new_page()
@@ -50,10 +49,15 @@ def report(browser: Any, path: Path, picture: Path | None) -> dict[str, Any]:
         page.wait_for_selector("#cost-size_bytes .scatterlayer .point", state="attached")
         page.wait_for_function(DRAWN)
         seconds.append(time.perf_counter() - start)
+        painted.append(page.evaluate(PAINTED) / 1000)
         if picture is not None:
             page.screenshot(path=picture)
         context.close()
-    return {"bytes": path.stat().st_size, "seconds_to_open": round(median(seconds), 3)}
+    return {
+        "bytes": path.stat().st_size,
+        "seconds_to_read": round(median(painted), 3),
+        "seconds_to_last_plot": round(median(seconds), 3),
+    }
 
 
 def view(browser: Any, runs_dir: Path, count: int, picture: Path | None) -> dict[str, Any]:
@@ -70,8 +74,14 @@ def view(browser: Any, runs_dir: Path, count: int, picture: Path | None) -> dict
         page = context.new_page()
         start = time.perf_counter()
         page.goto(view_url(address, experiment, parent))
-        page.wait_for_function(SCATTERS, arg=min(count, 1000), timeout=120_000)
-        seconds = time.perf_counter() - start
+        page.wait_for_selector(".scatterlayer .point", timeout=120_000, state="attached")
+        seconds, points = time.perf_counter() - start, int(page.evaluate(POINTS))
+        for _ in range(60):  # until nothing more comes
+            page.wait_for_timeout(1000)
+            now = int(page.evaluate(POINTS))
+            if now == points:
+                break
+            seconds, points = time.perf_counter() - start, now
         if picture is not None:
             close = page.get_by_role("button", name="Close").last  # MLflow's Assistant
             if close.count():
@@ -79,7 +89,7 @@ def view(browser: Any, runs_dir: Path, count: int, picture: Path | None) -> dict
             page.wait_for_timeout(2000)
             page.screenshot(path=picture)
         context.close()
-    return {"seconds_to_draw": round(seconds, 2), "points": count}
+    return {"seconds_to_draw": round(seconds, 2), "points": points, "scored": count}
 
 
 def main() -> None:
@@ -116,8 +126,8 @@ def main() -> None:
     missed = []
     if found["report"]["bytes"] > 8e6:
         missed.append(f"report of {found['report']['bytes']:,} bytes, bar 8 MB")
-    if found["report"]["seconds_to_open"] > 2:
-        missed.append(f"report opens in {found['report']['seconds_to_open']} s, bar 2")
+    if found["report"]["seconds_to_last_plot"] > 2:
+        missed.append(f"last plot after {found['report']['seconds_to_last_plot']} s, bar 2")
     print(found, "missed:", missed or "nothing")
     record("pages", {**found, "missed": missed})
 

@@ -9,7 +9,6 @@ PAGE = """<!DOCTYPE html>
 <title>{title}</title>
 <style>{style}</style>
 <script>window.PlotlyConfig = {{MathJaxConfig: 'local'}};</script>
-<script>{plotlyjs}</script>
 </head>
 <body>
 <main>
@@ -17,6 +16,7 @@ PAGE = """<!DOCTYPE html>
 <dl>{facts}</dl>
 {body}
 </main>
+<script type="text/plain" id="library">{plotlyjs}</script>
 <script>{script}</script>
 </body>
 </html>
@@ -227,17 +227,21 @@ SCRIPT = """
       });
     });
   }
+  function mark(trial) {
+    show(trial);
+    Array.prototype.forEach.call(document.querySelectorAll('tr[data-trial]'), function (row) {
+      row.classList.toggle('selected', row.dataset.trial === String(trial));
+    });
+  }
   function select(trial) {
     if (!members[trial]) return;
     selected = trial;
-    show(trial);
+    mark(trial);
+    if (!window.Plotly) return;
     Object.keys(rings).forEach(function (name) {
       Object.assign(rings[name], place(name, trial));
       Plotly.restyle(name, { x: [rings[name].x], y: [rings[name].y] },
         [plots[name].data.length - 1]);
-    });
-    Array.prototype.forEach.call(document.querySelectorAll('tr[data-trial]'), function (row) {
-      row.classList.toggle('selected', row.dataset.trial === String(trial));
     });
   }
   function trialOf(name, event) {
@@ -245,22 +249,6 @@ SCRIPT = """
     if (name === 'bits') return chosen.members[Math.round(point.y)].trial;
     return members[point.customdata] ? point.customdata : null;
   }
-  if (chosen.members.length) selected = chosen.first;
-  draw();
-  if (selected !== null) select(selected);
-  Object.keys(plots).forEach(function (name) {
-    var plot = byId(name);
-    if (!(rings[name] || name === 'bits') || !chosen.members.length) return;
-    plot.on('plotly_hover', function (event) {
-      var trial = trialOf(name, event);
-      if (trial !== null) show(trial);
-    });
-    plot.on('plotly_unhover', function () { show(selected); });
-    plot.on('plotly_click', function (event) {
-      var trial = trialOf(name, event);
-      if (trial !== null) select(trial);
-    });
-  });
   Array.prototype.forEach.call(document.querySelectorAll('tr[data-trial]'), function (row) {
     function choose(event) {
       if (event.type === 'keydown' && event.key !== 'Enter') return;
@@ -281,14 +269,38 @@ SCRIPT = """
       setTimeout(function () { button.textContent = 'Copy'; }, 1500);
     });
   });
-  matchMedia('(prefers-color-scheme: dark)').addEventListener('change', draw);
-  addEventListener('beforeprint', function () {
-    document.documentElement.classList.add('print');
+  function start() {
+    var library = document.createElement('script');
+    library.textContent = byId('library').textContent;
+    document.head.appendChild(library);
     draw();
-  });
-  addEventListener('afterprint', function () {
-    document.documentElement.classList.remove('print');
-    draw();
-  });
+    Object.keys(plots).forEach(function (name) {
+      var plot = byId(name);
+      if (!(rings[name] || name === 'bits') || !chosen.members.length) return;
+      plot.on('plotly_hover', function (event) {
+        var trial = trialOf(name, event);
+        if (trial !== null) show(trial);
+      });
+      plot.on('plotly_unhover', function () { show(selected); });
+      plot.on('plotly_click', function (event) {
+        var trial = trialOf(name, event);
+        if (trial !== null) select(trial);
+      });
+    });
+    matchMedia('(prefers-color-scheme: dark)').addEventListener('change', draw);
+    addEventListener('beforeprint', function () {
+      document.documentElement.classList.add('print');
+      draw();
+    });
+    addEventListener('afterprint', function () {
+      document.documentElement.classList.remove('print');
+      draw();
+    });
+  }
+  if (chosen.members.length) {
+    selected = chosen.first;
+    mark(selected);
+  }
+  requestAnimationFrame(function () { setTimeout(start); }); // the page is read meanwhile
 })();
 """
