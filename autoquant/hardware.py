@@ -175,8 +175,9 @@ class LatencyModel(document.Document):
     ``kernel_ms``: signature of a layer at a precision → isolated kernel time.
     ``coefficients``: of the kernel sum of each precision, of the elements converted to int8 and
     to float (in millions), and the constant in ms. ``error``: mean absolute relative error on
-    held-out ones of the ``mixes`` that the coefficients were fitted on. ``runtime``: its name
-    and version, ``onnxruntime 1.31.1``.
+    mixes beside the ``mixes`` that the coefficients were fitted on; ``spread``: the median over
+    them of the interquartile range of a latency, relative to it. ``runtime``: its name and
+    version, ``onnxruntime 1.31.1``.
     """
 
     cpu: str
@@ -187,6 +188,7 @@ class LatencyModel(document.Document):
     coefficients: dict[str, float]
     error: float | None = None
     mixes: int = 0
+    spread: float | None = None
     source: str
 
     @property

@@ -70,6 +70,7 @@ class TableModel:
     threads: int
     seconds: float = field(default=0.0, compare=False)
     checks: tuple[tuple[float, float], ...] = field(default=(), compare=False)
+    spread: float | None = field(default=None, compare=False)
     runtime: str = "onnxruntime"
 
     def latency_ms(self, graph: Graph, candidate: Candidate, plan: Plan) -> float:
@@ -120,6 +121,7 @@ def from_profile(model: LatencyModel, batch: int, threads: int) -> TableModel:
         model.mixes,
         batch,
         threads,
+        spread=model.spread,
         runtime=model.measured_with,
     )
 
@@ -135,6 +137,7 @@ def to_profile(model: TableModel) -> LatencyModel:
         coefficients=dict(model.coefficients),
         error=None if math.isnan(model.error) else model.error,
         mixes=model.mixes,
+        spread=model.spread,
         source="measured by autoquant on this machine",
     )
 
@@ -329,7 +332,8 @@ def measure_device(
         batch=batch,
         threads=threads,
         seconds=time.perf_counter() - start,
-        checks=tuple((float(guess), float(found)) for guess, found in checks),
+        spread=float(np.median([x.latency_spread_ms / x.latency_ms for x in found.values()])),
+        checks=tuple((float(guess), float(actual)) for guess, actual in checks),
         runtime=runtime,
     )
 

@@ -253,7 +253,9 @@ def latency_figure(front: Record) -> dict[str, Any] | None:
     spreads = [m["verified"].get("latency_spread_ms") or 0.0 for m in members]
     baseline = front["baseline"]
     both = [baseline.get("latency_ms"), (baseline.get("predicted") or {}).get("latency_ms")]
-    known = [*measured, *predicted, *(both if None not in both else ())]
+    int8 = baseline.get("uniform_int8") or {}
+    eight = [int8.get("latency_ms"), int8.get("predicted_latency_ms")]
+    known = [x for x in (*measured, *predicted, *both, *eight) if x is not None]
     low, high = 0.95 * min(known), 1.05 * max(known)
     data: list[dict[str, Any]] = [
         {
@@ -286,19 +288,20 @@ def latency_figure(front: Record) -> dict[str, Any] | None:
             "hovertemplate": "%{text}<extra></extra>",
         },
     ]
-    if None not in both:
-        data.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "name": "float",
-                "x": both[:1],
-                "y": both[1:],
-                "marker": {"color": BASELINE, "size": 12, "symbol": "diamond"},
-                "hovertemplate": "<b>float</b><br>%{x:.4g} ms measured<br>%{y:.4g} ms predicted"
-                "<extra></extra>",
-            }
-        )
+    for name, pair, symbol in (("float", both, "diamond"), ("8/8", eight, "square-open")):
+        if None not in pair:
+            data.append(
+                {
+                    "type": "scatter",
+                    "mode": "markers",
+                    "name": name,
+                    "x": pair[:1],
+                    "y": pair[1:],
+                    "marker": {"color": BASELINE, "size": 12, "symbol": symbol},
+                    "hovertemplate": f"<b>{name}</b><br>%{{x:.4g}} ms measured<br>%{{y:.4g}} ms "
+                    "predicted<extra></extra>",
+                }
+            )
     layout = layout_of(
         xaxis={"title": {"text": "Latency, measured (ms)"}, "range": [low, high]},
         yaxis={"title": {"text": "Latency, predicted (ms)"}, "range": [low, high]},
