@@ -107,6 +107,7 @@ class Graph:
 
     ``products``: the MatMuls of two activations (attention). They are no layers, since they
     have no weights, but `by_name` and `by_node` know them too: their inputs can be quantized.
+    ``steps``: each node as (operator, inputs, outputs), and ``owned``: those of a layer's unit.
     ``hidden``: tensors that a layer's unit keeps to itself. ``producer``: tensor → node index;
     ``consumers``: tensor → node indices in order.
     ``other_macs``: of products between activations, for one sample.
@@ -119,6 +120,8 @@ class Graph:
         self.layers = tuple(layers)
         self.tensors = tensors
         self.nodes = list(model.graph.node)
+        self.steps = [(n.op_type, tuple(n.input), tuple(n.output)) for n in self.nodes]
+        self.owned = frozenset(i for x in self.layers for i in (x.node, *x.absorbed))
         self.initializers = {i.name: i for i in model.graph.initializer}
         self.inputs = tuple(i.name for i in model.graph.input)
         self.outputs = tuple(o.name for o in model.graph.output)

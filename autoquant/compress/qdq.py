@@ -42,6 +42,7 @@ _MOVES = (
     "MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Pad"
 )  # fmt: skip
 _POOLS = ("GlobalAveragePool", "AveragePool")
+_MOVES_OR_POOLS = frozenset((*_MOVES, *_POOLS))
 _JOINS = ("Add", "Mul", "Concat")
 
 
@@ -230,16 +231,15 @@ def plan(graph: Graph, candidate: Candidate, dialect: str = "onnxruntime") -> Pl
                 result.narrow[layer.input].add(choice.activation_bits)
             if choice.symmetric or dialect == TENSORRT:
                 result.symmetric.update(layer.inputs)
-        relu = [graph.nodes[i].op_type for i in layer.absorbed] == ["Relu"]
         if result.modes[layer.name] == "int8" and (
-            layer.kind == "Conv" or (layer.kind == "Gemm" and relu)
+            layer.kind == "Conv"
+            or (layer.kind == "Gemm" and [graph.steps[i][0] for i in layer.absorbed] == ["Relu"])
         ):
             wanted.add(layer.output)
             result.int8_nodes.add(graph.producer[layer.output])
             result.int8_nodes.add(layer.node)
             if dialect == TENSORRT:
                 result.symmetric.add(layer.output)
-    owned = {i for x in graph.layers for i in (x.node, *x.absorbed)}
     lazy: dict[str, tuple[int, str]] = {}  # could be quantized: (node, input that it follows)
 
     def available(tensor: str) -> bool:
@@ -251,7 +251,7 @@ def plan(graph: Graph, candidate: Candidate, dialect: str = "onnxruntime") -> Pl
             index, source = lazy.pop(tensor)
             settle(source)
             result.int8_nodes.add(index)
-            follows = graph.nodes[index].op_type in _MOVES
+            follows = graph.steps[index][0] in _MOVES
             result.roots[tensor] = result.roots[source] if follows else tensor
         result.roots.setdefault(tensor, tensor)
         wanted.add(tensor)
@@ -259,22 +259,21 @@ def plan(graph: Graph, candidate: Candidate, dialect: str = "onnxruntime") -> Pl
     for name in graph.inputs:
         if name in wanted:
             settle(name)
-    for index, node in enumerate(graph.nodes):
-        output = node.output[0] if node.output else ""
-        if index not in owned and node.op_type in (*_MOVES, *_POOLS) and len(node.output) == 1:
-            if available(node.input[0]) and _keeps_zero(graph, node):
-                lazy[output] = (index, node.input[0])
-        elif index not in owned and node.op_type in _JOINS:
+    for index, (operator, sources, outputs) in enumerate(graph.steps):
+        if index in graph.owned:
+            pass
+        elif operator in _MOVES_OR_POOLS and len(outputs) == 1:
+            if available(sources[0]) and _keeps_zero(graph, graph.nodes[index]):
+                lazy[outputs[0]] = (index, sources[0])
+        elif operator in _JOINS:
             end = _unit_end(graph, index)
-            sources = list(node.input)
             if len(sources) > 1 and all(available(s) for s in sources):
                 for source in sources:
                     settle(source)
-                output = graph.nodes[end].output[0]
                 result.int8_nodes.update((index, end))
                 result.units[index] = end
-                wanted.add(output)
-        for name in node.output:
+                wanted.add(graph.steps[end][2][0])
+        for name in outputs:
             if name in wanted:
                 settle(name)
     result.symmetric = {result.roots.get(name, name) for name in result.symmetric}
