@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,9 @@ import pytest
 from small_task import batches, settings, task
 
 from autoquant.front import ranked
+from autoquant.result import TrialResult
 from autoquant.search import search
+from autoquant.search.study import Callback
 from autoquant.space import Space
 
 RULES = [{"weight_bits": [2, 3, 4, 8], "activation_bits": 8}]
@@ -43,3 +46,37 @@ def test_the_better_half_trains_on(tmp_path: Path) -> None:
 def test_halving_needs_steps() -> None:
     with pytest.raises(ValueError, match="halving needs steps"):
         space(halving=True)
+
+
+def test_a_task_without_train_data_trains_none(tmp_path: Path) -> None:
+    found = space(halving=True, steps=[10, 30])
+    front = search(task(tmp_path), settings(tmp_path, space=found, trials=9, polish=False))
+    assert front.trials == 9 and not any(m.candidate.training for m in front.members)
+
+
+class Stop(Callback):
+    """Ctrl-C after the first trained trial."""
+
+    def trial(self, result: TrialResult) -> None:
+        if result.candidate.training:
+            raise KeyboardInterrupt
+
+
+def test_what_was_interrupted_on_a_rung_goes_on_with_resume(tmp_path: Path) -> None:
+    """As if nothing had happened: the same candidates train, none twice."""
+    found = space(halving=True, steps=[10, 30], batch_size=32, learning_rate=0.003)
+    scores = []
+    for name in ("whole", "halves"):
+        folder = tmp_path / name
+        folder.mkdir()
+        chosen = settings(folder, space=found, trials=18, polish=False)
+        work = task(folder, train=batches(4, 128))
+        if name == "halves":
+            search(work, chosen, callbacks=[Stop()])
+            chosen = replace(chosen, resume=True)
+        search(work, chosen)
+        lines = (folder / "runs" / "one" / "trials.jsonl").read_text().splitlines()
+        trials = [json.loads(line) for line in lines]
+        assert len({t["key"] for t in trials}) == len(trials) == 18
+        scores.append({t["key"]: t["score"]["accuracy"] for t in trials})
+    assert scores[0] == scores[1]
