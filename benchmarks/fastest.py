@@ -1,6 +1,6 @@
 """A search for latency on EfficientNet-Lite0 (`int8` space) beside onnxruntime's own int8.
 
-    python benchmarks/fastest.py [--trials 40] [--drop 0.01]     # about ten minutes on two cores
+    python benchmarks/fastest.py [--trials 20] [--drop 0.01]     # about five minutes on two cores
 
 The search's objectives are accuracy and latency. Of its front, the fastest member that lost no
 more than ``--drop`` on validation; of `quantize_static`, the calibration method that is best on
@@ -29,7 +29,7 @@ TASK = "imagenet.py:efficientnet_lite0"
 def main() -> None:
     """The search, the peer, one measurement of all, the bars, the record."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--trials", type=int, default=40)
+    parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--drop", type=float, default=0.01)
     options = parser.parse_args()
     network = Network("efficientnet_lite0")
