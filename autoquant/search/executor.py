@@ -20,6 +20,7 @@ from autoquant.result import TrialResult
 from autoquant.search.trial import Against, Context, run_trial
 
 RETRIES = 5  # of a trial whose node was lost
+AHEAD = 1  # trials that wait for a worker, so that no worker waits for the driver
 KILLS = 2  # workers that may die with one candidate before it is set aside
 GRACE = 2.0  # seconds beyond its bound after which a trial that lets nobody stop it is killed
 # workers share a machine by processes: none of their libraries starts threads
@@ -29,8 +30,8 @@ Alone = Callable[..., Any]  # calls a function with its arguments beside nothing
 
 
 class Executor(Protocol):
-    """Runs candidates; keeps at most ``slots`` at a time. ``workers``: how many of them can
-    run now. ``retries``: trials that were started again so far."""
+    """Runs candidates; takes at most ``slots`` at a time, those that run and those that wait.
+    ``retries``: trials that were started again so far."""
 
     slots: int
     retries: int
@@ -204,9 +205,10 @@ class RayExecutor:
         import ray
 
         resources = _resources()
-        self.slots = max(1, workers)
+        self.most = workers
         if address is not None and workers == 1:
-            self.slots = max(1, int(resources.get("CPU", 1)))
+            self.most = max(1, int(resources.get("CPU", 1)))
+        self.slots = self.most + AHEAD
         if context.gpus > resources.get("GPU", 0):
             self.close_ray()
             raise RunError(
@@ -234,7 +236,7 @@ class RayExecutor:
     @property
     def workers(self) -> int:
         """How many trials can run at a time now: fewer after a node is lost."""
-        return min(self.slots, int(_resources().get("CPU", 0)))
+        return min(self.most, int(_resources().get("CPU", 0)))
 
     def submit(
         self, candidate: Candidate, trial: int, seed: int, against: Against | None = None
