@@ -119,6 +119,27 @@ def test_a_metric_of_a_task_file_reaches_the_workers(
         assert same(result, there[number])
 
 
+def test_what_a_neighbour_of_a_task_file_defines_reaches_the_workers(
+    cluster: RayExecutor, tmp_path: Path
+) -> None:
+    (tmp_path / "neighbour_of_a_task.py").write_text(
+        "class Halved:\n    def __call__(self, outputs, targets):\n"
+        "        return float((outputs.argmax(1) == targets).mean()) / 2\n"
+    )
+    more = "\n\ndef halved():\n    from dataclasses import replace\n"
+    more += (
+        "    from neighbour_of_a_task import Halved\n    return replace(task(), metric=Halved())\n"
+    )
+    spec = write_task_file(tmp_path, more).replace(":task", ":halved")
+    found = prepare(load_task(spec), space=SPACE, hardware=profile())
+    here = outcome(InProcess(found), CANDIDATES[:2])
+    executor = RayExecutor(found, 2)
+    there = outcome(executor, CANDIDATES[:2])
+    executor.close()
+    for number, result in here.items():
+        assert result.status == "complete" and same(result, there[number])
+
+
 def test_a_trial_whose_worker_died_runs_again(cluster: RayExecutor, tmp_path: Path) -> None:
     found = with_metric(tmp_path)
     here = outcome(InProcess(found), CANDIDATES[:3])
@@ -179,3 +200,9 @@ def test_ray_that_does_not_start_is_one_line(
 
 def test_one_worker_is_this_process(small: Context) -> None:
     assert isinstance(executors.make(small, 1, None), InProcess)
+
+
+def test_trials_do_not_carry_the_network_that_was_lowered(tmp_path: Path) -> None:
+    """Its classes may be of a module that no worker can import."""
+    found = context(tmp_path)
+    assert found.variants is not None and found.variants.task.model == ""

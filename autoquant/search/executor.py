@@ -26,6 +26,8 @@ GRACE = 2.0  # seconds beyond its bound after which a trial that lets nobody sto
 # workers share a machine by processes: none of their libraries starts threads
 _ENVIRONMENT = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
+_TASK = "autoquant_task_"  # what `autoquant.task` calls the module of a task file
+
 Alone = Callable[..., Any]  # calls a function with its arguments beside nothing else
 
 
@@ -383,12 +385,16 @@ def _single_worker(context: Context) -> Any:
 
 
 def _ship_task_files() -> None:
-    """Send functions of task files (a metric) by value: workers cannot import those files."""
+    """Send what a task file and its neighbours define (a metric, a data set) by value: workers
+    cannot import them."""
     import ray.cloudpickle
 
-    for name, module in list(sys.modules.items()):
-        if name.startswith("autoquant_task_"):
-            ray.cloudpickle.register_pickle_by_value(module)  # type: ignore[no-untyped-call]
+    modules = sys.modules.copy()  # at once: another thread may be importing
+    files = {name: getattr(module, "__file__", None) for name, module in modules.items()}
+    folders = {os.path.dirname(f) for n, f in files.items() if f and n.startswith(_TASK)}  # noqa: PTH120
+    for name, file in files.items():
+        if file and os.path.dirname(file) in folders and name != "__main__":  # noqa: PTH120
+            ray.cloudpickle.register_pickle_by_value(modules[name])  # type: ignore[no-untyped-call]
 
 
 def make(
