@@ -397,9 +397,16 @@ class _MomentSum:
         self.count = 0
 
     def add(self, values: Array) -> None:
+        import torch
+
         columns = self.columns(values)
-        second = (columns @ columns.transpose(1, 2)).double().numpy()
-        mean = columns.sum(2).double().numpy()
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)  # of this Python thread: sums in another order are other numbers
+        try:
+            second = (columns @ columns.transpose(1, 2)).double().numpy()
+            mean = columns.sum(2).double().numpy()
+        finally:
+            torch.set_num_threads(before)
         if self.count:
             self.second += second
             self.mean += mean

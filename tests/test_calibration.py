@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import (
     CONVOLUTIONS,
     NETWORKS,
@@ -20,6 +21,7 @@ from conftest import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from small_task import graph
 
 from autoquant.calibration import (
     BINS,
@@ -512,3 +514,21 @@ def test_peaks_are_those_of_every_sample() -> None:
     np.testing.assert_array_equal(found["e"], np.abs(words).max(axis=(0, 1)))
     np.testing.assert_array_equal(found["mask"], np.abs(net.inputs[1]).max(axis=(0, 1)))
     assert channel_peaks(net.graph, net.split, []) == {}
+
+
+def test_moments_are_the_same_for_any_number_of_threads() -> None:
+    """A run that goes on where torch has other threads must find the same bytes."""
+    found, before = [], torch.get_num_threads()
+    images = np.random.default_rng(0).normal(size=(96, 2, 8, 8)).astype(np.float32)
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            split = Split("calibration", ((images,),), None, len(images))
+            found.append(calibrate(graph(), split, moments=True).moments)
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    for name, moments in found[0].items():
+        for other in found[1:]:
+            assert np.array_equal(moments.second, other[name].second), name
+            assert np.array_equal(moments.mean, other[name].mean), name

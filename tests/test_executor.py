@@ -14,7 +14,7 @@ from autoquant.errors import RunError
 from autoquant.result import TrialResult
 from autoquant.search import executor as executors
 from autoquant.search import search
-from autoquant.search.executor import KILLS, Executor, InProcess, RayExecutor
+from autoquant.search.executor import AHEAD, KILLS, Executor, InProcess, RayExecutor
 from autoquant.search.trial import Context, prepare
 from autoquant.tasks import load_task
 
@@ -81,7 +81,7 @@ def same(a: TrialResult, b: TrialResult) -> bool:
 def test_ray_and_this_process_find_the_same(small: Context, cluster: RayExecutor) -> None:
     here = outcome(InProcess(small), CANDIDATES)
     there = outcome(cluster, CANDIDATES)
-    assert cluster.slots == 2
+    assert cluster.workers == 2 and cluster.slots == 2 + AHEAD
     assert sorted(there) == sorted(here) == list(range(5))
     for number, result in here.items():
         assert result.status == "complete" and result.sha256
@@ -117,6 +117,27 @@ def test_a_metric_of_a_task_file_reaches_the_workers(
     for number, result in here.items():
         assert result.score is not None and result.score.metric == "accuracy"
         assert same(result, there[number])
+
+
+def test_what_a_neighbour_of_a_task_file_defines_reaches_the_workers(
+    cluster: RayExecutor, tmp_path: Path
+) -> None:
+    (tmp_path / "neighbour_of_a_task.py").write_text(
+        "class Halved:\n    def __call__(self, outputs, targets):\n"
+        "        return float((outputs.argmax(1) == targets).mean()) / 2\n"
+    )
+    more = "\n\ndef halved():\n    from dataclasses import replace\n"
+    more += (
+        "    from neighbour_of_a_task import Halved\n    return replace(task(), metric=Halved())\n"
+    )
+    spec = write_task_file(tmp_path, more).replace(":task", ":halved")
+    found = prepare(load_task(spec), space=SPACE, hardware=profile())
+    here = outcome(InProcess(found), CANDIDATES[:2])
+    executor = RayExecutor(found, 2)
+    there = outcome(executor, CANDIDATES[:2])
+    executor.close()
+    for number, result in here.items():
+        assert result.status == "complete" and same(result, there[number])
 
 
 def test_a_trial_whose_worker_died_runs_again(cluster: RayExecutor, tmp_path: Path) -> None:
@@ -179,3 +200,9 @@ def test_ray_that_does_not_start_is_one_line(
 
 def test_one_worker_is_this_process(small: Context) -> None:
     assert isinstance(executors.make(small, 1, None), InProcess)
+
+
+def test_trials_do_not_carry_the_network_that_was_lowered(tmp_path: Path) -> None:
+    """Its classes may be of a module that no worker can import."""
+    found = context(tmp_path)
+    assert found.variants is not None and found.variants.task.model == ""

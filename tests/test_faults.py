@@ -194,7 +194,7 @@ def test_two_nodes_find_what_this_process_does(cluster: Cluster, spec: str, tmp_
     here = outcome(InProcess(found), CANDIDATES)
     (tmp_path / "all").write_text("places")
     executor = RayExecutor(found, 1, cluster.address)
-    assert executor.slots == executor.workers == 2  # one for each core of the cluster
+    assert executor.workers == 2  # one for each core of the cluster
     there = outcome(executor, CANDIDATES)
     for number, result in here.items():
         assert result.status == "complete" and result.sha256 and result.score

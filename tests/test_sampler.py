@@ -23,7 +23,7 @@ from optuna.testing.pytest_samplers import (
 )
 
 from autoquant.front import hypervolume
-from autoquant.search.sampler import SurrogateSampler, exact
+from autoquant.search.sampler import SurrogateSampler, _gap, exact
 
 BITS = np.array([2.0, 3.0, 4.0, 6.0, 8.0])
 Params = Mapping[str, int]
@@ -348,3 +348,15 @@ def test_solutions_are_exact_on_the_grid() -> None:
             if sum(c[i] for c, i in zip(costs, found, strict=True)) <= budget + 1e-9
         )
         assert sum(x[i] for x, i in zip(losses, row, strict=True)) == pytest.approx(best)
+
+
+@pytest.mark.parametrize("objectives", [1, 2, 3])
+def test_the_gap_to_the_front_is_to_the_least_loss_that_costs_no_more(objectives: int) -> None:
+    generator = np.random.default_rng(objectives)
+    loss = generator.integers(0, 30, 200).astype(float)  # with ties
+    costs = generator.integers(0, 12, (200, objectives)).astype(float)
+    expected = [
+        a - min(b for b, d in zip(loss, costs, strict=True) if (d <= c).all())
+        for a, c in zip(loss, costs, strict=True)
+    ]
+    assert _gap(loss, costs).tolist() == expected

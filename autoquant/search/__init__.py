@@ -682,7 +682,7 @@ def _verify(
     for member in members:
         path = folder / "artifacts" / f"{member.trial}.onnx"
         artifact = _kept(path, member, hashes[member.trial])
-        if artifact is None and member.candidate.polish:
+        if artifact is None and (member.candidate.polish or member.candidate.training):
             say(f"{path.name} is missing or damaged: made again")
         artifact = artifact or context.compress(member.candidate)
         if artifact.sha256 != hashes[member.trial]:

@@ -20,17 +20,20 @@ from autoquant.result import TrialResult
 from autoquant.search.trial import Against, Context, run_trial
 
 RETRIES = 5  # of a trial whose node was lost
+AHEAD = 1  # trials that wait for a worker, so that no worker waits for the driver
 KILLS = 2  # workers that may die with one candidate before it is set aside
 GRACE = 2.0  # seconds beyond its bound after which a trial that lets nobody stop it is killed
 # workers share a machine by processes: none of their libraries starts threads
 _ENVIRONMENT = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
+_TASK = "autoquant_task_"  # what `autoquant.task` calls the module of a task file
+
 Alone = Callable[..., Any]  # calls a function with its arguments beside nothing else
 
 
 class Executor(Protocol):
-    """Runs candidates; keeps at most ``slots`` at a time. ``workers``: how many of them can
-    run now. ``retries``: trials that were started again so far."""
+    """Runs candidates; takes at most ``slots`` at a time, those that run and those that wait.
+    ``retries``: trials that were started again so far."""
 
     slots: int
     retries: int
@@ -204,9 +207,10 @@ class RayExecutor:
         import ray
 
         resources = _resources()
-        self.slots = max(1, workers)
+        self.most = workers
         if address is not None and workers == 1:
-            self.slots = max(1, int(resources.get("CPU", 1)))
+            self.most = max(1, int(resources.get("CPU", 1)))
+        self.slots = self.most + AHEAD
         if context.gpus > resources.get("GPU", 0):
             self.close_ray()
             raise RunError(
@@ -234,7 +238,7 @@ class RayExecutor:
     @property
     def workers(self) -> int:
         """How many trials can run at a time now: fewer after a node is lost."""
-        return min(self.slots, int(_resources().get("CPU", 0)))
+        return min(self.most, int(_resources().get("CPU", 0)))
 
     def submit(
         self, candidate: Candidate, trial: int, seed: int, against: Against | None = None
@@ -381,12 +385,16 @@ def _single_worker(context: Context) -> Any:
 
 
 def _ship_task_files() -> None:
-    """Send functions of task files (a metric) by value: workers cannot import those files."""
+    """Send what a task file and its neighbours define (a metric, a data set) by value: workers
+    cannot import them."""
     import ray.cloudpickle
 
-    for name, module in list(sys.modules.items()):
-        if name.startswith("autoquant_task_"):
-            ray.cloudpickle.register_pickle_by_value(module)  # type: ignore[no-untyped-call]
+    modules = sys.modules.copy()  # at once: another thread may be importing
+    files = {name: getattr(module, "__file__", None) for name, module in modules.items()}
+    folders = {os.path.dirname(f) for n, f in files.items() if f and n.startswith(_TASK)}  # noqa: PTH120
+    for name, file in files.items():
+        if file and os.path.dirname(file) in folders and name != "__main__":  # noqa: PTH120
+            ray.cloudpickle.register_pickle_by_value(modules[name])  # type: ignore[no-untyped-call]
 
 
 def make(

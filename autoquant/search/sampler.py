@@ -994,10 +994,13 @@ def _gap(loss: Array, costs: Array) -> Array:
         found = np.empty(len(loss))
         found[order] = loss[order] - best
         return found
-    cheaper = np.ones((len(loss), len(loss)), bool)
-    for column in costs.T:
-        cheaper &= column[None, :] <= column[:, None]
-    return np.asarray(loss - np.where(cheaper, loss[None, :], np.inf).min(axis=1))
+    least, left = np.empty(len(loss)), np.ones(len(loss), bool)
+    for i in np.argsort(loss, kind="stable"):
+        if left[i]:  # on the front: no trial of a smaller loss costs as little
+            reached = left & (costs >= costs[i]).all(axis=1)
+            least[reached] = loss[i]
+            left &= ~reached
+    return np.asarray(loss - least)
 
 
 class _Gain:

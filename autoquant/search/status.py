@@ -111,8 +111,9 @@ class RunLog(Callback):
 
     def pace(self, workers: int, retries: int) -> None:
         """Keep status.json up to date."""
+        first = not self.pace_of.workers
         self.pace_of.workers, self.pace_of.retries = workers, retries
-        self._status()
+        self._status(force=first)
 
     def finish(self, front: Front) -> None:
         """The last line."""

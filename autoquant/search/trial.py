@@ -326,7 +326,7 @@ def prepare(
     if trains and task.train is None:
         raise TaskError(f"task {task.name!r} has no train data; give Task(…, train=…)")
     train = task.train if trains else None
-    bare = replace(task, calibration=(), validation=(), test=None, train=train)
+    bare = replace(task, model="", calibration=(), validation=(), test=None, train=train)
     return Context(
         original=original,
         tied=tied_groups(graph, settings, choices),
