@@ -316,9 +316,9 @@ def test_a_package_for_onnxruntime_says_whether_openvino_runs_it(
 
     assert "OpenVINO" in detail() or "onnxruntime alone" in detail()
     monkeypatch.setitem(sys.modules, "openvino", None)
-    monkeypatch.setattr("autoquant.export.is_installed", lambda: True)
+    monkeypatch.setattr(sys.modules["autoquant.export"], "is_installed", lambda: True)
     assert detail().startswith("for onnxruntime alone (it does not run the model: ModelError")
-    monkeypatch.setattr("autoquant.export.is_installed", lambda: False)
+    monkeypatch.setattr(sys.modules["autoquant.export"], "is_installed", lambda: False)
     assert "openvino" not in {c["name"] for c in verify(package)["checks"]}
 
 
