@@ -16,7 +16,7 @@ from autoquant.candidate import Candidate
 from autoquant.compress import structure
 from autoquant.compress.lower import lower
 from autoquant.cost.table import TableModel, to_profile
-from autoquant.errors import ModelError, RunError, TaskError
+from autoquant.errors import HardwareError, ModelError, RunError, TaskError
 from autoquant.front import Front, Member
 from autoquant.hardware import Hardware, load_hardware
 from autoquant.progress import ProgressBar
@@ -255,6 +255,7 @@ def profile(
     *,
     data: str | None = None,
     space: str | Space = "int8",
+    hardware: str | Hardware = "onnxruntime-cpu",
     batch: int = 1,
     threads: int = 1,
     progress: bool = False,
@@ -262,14 +263,21 @@ def profile(
     """Measure this machine on a task's kernels and write the hardware profile.
 
     The profile predicts latencies of that network at that batch and thread count, in what
-    ``space`` offers: its kernels, channel counts and ranks.
+    ``space`` offers: its kernels, channel counts and ranks. ``hardware``: whose runtime; raises
+    HardwareError for a device elsewhere.
     """
+    device = load_hardware(hardware)
+    if device.latency == "analytic":
+        raise HardwareError(f"hardware {device.name!r} is elsewhere: nothing to measure here")
+    device = device.model_copy(update={"model": None})
     found = task if isinstance(task, Task) else load_task(task, data)
     with _said(progress) as say:
-        context = prepare(found, space=space, batch=batch, threads=threads, say=say)
+        context = prepare(
+            found, space=space, hardware=device, batch=batch, threads=threads, say=say
+        )
     assert isinstance(context.cost.latency, TableModel)
     model = to_profile(context.cost.latency)
-    result = load_hardware("onnxruntime-cpu").model_copy(
+    result = device.model_copy(
         update={
             "name": Path(path).stem,
             "description": f"{model.cpu}, measured on {found.name}",

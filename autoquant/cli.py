@@ -538,6 +538,7 @@ def profile(
     space: Annotated[
         str, typer.Option("--space", metavar="NAME|FILE", help="whose kernels are timed")
     ] = "int8",
+    hardware: HardwareOption = "onnxruntime-cpu",
     batch: Batch = 1,
     threads: Threads = 1,
     as_json: Json = False,
@@ -546,7 +547,14 @@ def profile(
     from autoquant import api
 
     found = api.profile(
-        task, output, data=data, space=space, batch=batch, threads=threads, progress=True
+        task,
+        output,
+        data=data,
+        space=space,
+        hardware=hardware,
+        batch=batch,
+        threads=threads,
+        progress=True,
     )
     if as_json:
         _print_json(found.model_dump(mode="json", exclude_defaults=True))

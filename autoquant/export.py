@@ -36,11 +36,13 @@ from autoquant.deploy import FORMATS, PRECOMPILED
 from autoquant.deploy.tensorrt import check_tensorrt
 from autoquant.document import Document
 from autoquant.errors import PackageError, RunError, UserError, nearest
+from autoquant.evaluate import divergence
 from autoquant.front import Front, Member
 from autoquant.graph import LAYER_KINDS
-from autoquant.hardware import Hardware
+from autoquant.hardware import Hardware, RuntimeName
 from autoquant.result import Score
-from autoquant.runtime import SESSION_CONFIG, OnnxRuntime, OnnxSession, describe
+from autoquant.runtime import RUNTIMES, SESSION_CONFIG, OnnxRuntime, OnnxSession, describe
+from autoquant.runtime_openvino import OPENVINO_RUNTIMES, is_installed
 from autoquant.search.run import describe_environment
 from autoquant.search.trial import evaluator_for, float_model
 from autoquant.task import Array, Task
@@ -80,9 +82,9 @@ class Manifest(_Strict):
 
     ``files``: name → SHA-256. ``searched``, ``predicted``, ``verified`` and ``baseline`` are as
     in ``front.json``. ``session_config``: session options that the model needs to be what it
-    claims. ``formats``: the forms that it has for other runtimes. ``tolerance``: for each output
-    the largest absolute difference from ``sample.npz`` on
-    another ``machine`` than the one that recorded it.
+    claims. ``runtime``: what scored it. ``formats``: the forms that it has for other runtimes.
+    ``tolerance``: for each output the largest absolute difference from ``sample.npz`` on another
+    ``machine`` than the one that recorded it.
     """
 
     format: Literal[1]
@@ -92,6 +94,7 @@ class Manifest(_Strict):
     task: str
     trial: int
     hardware: str
+    runtime: RuntimeName = "onnxruntime"
     dialect: str
     metric: str
     files: dict[str, str]
@@ -156,7 +159,7 @@ def export(
         "candidate.yaml": _yaml(member.candidate.to_dict()),
         "sample.npz": _npz(sample),
         "run.py": _SCRIPT.encode(),
-        "README.md": (_readme(front, member) + _uses(extra, missing, source.dialect)).encode(),
+        "README.md": (_readme(front, member) + _uses(extra, missing, source)).encode(),
         **extra,
     }
     nodes = {node.name: node for node in model.graph.node}
@@ -173,6 +176,7 @@ def export(
         task=front.task,
         trial=member.trial,
         hardware=front.hardware,
+        runtime=source.runtime,
         dialect=source.dialect,
         metric=member.searched.metric,
         files={name: hashlib.sha256(data).hexdigest() for name, data in contents.items()},
@@ -261,6 +265,7 @@ class _Source:
     folder: Path
     artifact: Path
     model: bytes
+    runtime: RuntimeName
     dialect: str
     formats: tuple[str, ...]
     versions: dict[str, str]
@@ -299,7 +304,8 @@ class _Source:
         except (KeyError, AttributeError, ValidationError) as error:
             reason = " ".join(str(error).split())[:200]
             raise RunError(f"{folder}: study.yaml or environment.json lack: {reason}") from None
-        return cls(folder, path, model, hardware.dialect, tuple(hardware.formats), versions)
+        formats = tuple(hardware.formats)
+        return cls(folder, path, model, hardware.runtime, hardware.dialect, formats, versions)
 
 
 def _trial_line(path: Path, trial: int) -> dict[str, Any]:
@@ -506,10 +512,30 @@ that `manifest.json` says.
 """
 
 
-def _uses(extra: Mapping[str, bytes], missing: Mapping[str, str], dialect: str) -> str:
-    """How to run the other files of the package."""
+_OPENVINO = """\
+The figures are OpenVINO's, opened so (`pip install openvino`):
+
+```python
+import numpy as np
+import openvino as ov
+
+core, sample = ov.Core(), np.load("sample.npz")
+model = core.read_model("model.onnx")
+inputs = {{port.get_any_name(): sample[port.get_any_name()] for port in model.inputs}}
+model.reshape({{name: list(array.shape) for name, array in inputs.items()}})  # faster fixed
+settings = {{"INFERENCE_PRECISION_HINT": "{precision}", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}}
+outputs = core.compile_model(model, "CPU", settings)(inputs)
+print([output.shape for output in outputs.values()])
+```
+"""
+
+
+def _uses(extra: Mapping[str, bytes], missing: Mapping[str, str], source: _Source) -> str:
+    """How to run the model where it is for, and the other files of the package."""
     parts = []
-    if dialect == TENSORRT:
+    if source.runtime in OPENVINO_RUNTIMES:
+        parts.append(_OPENVINO.format(precision="bf16" if "bf16" in source.runtime else "f32"))
+    if source.dialect == TENSORRT:
         parts.append(
             "`model.onnx` is quantized as TensorRT reads it (int8 around zero, explicit Q/DQ):\n\n"
             "```sh\ntrtexec --onnx=model.onnx --stronglyTyped --saveEngine=model.engine\n```\n"
@@ -573,6 +599,8 @@ def _check(folder: Path, task: Task | None) -> tuple[list[dict[str, Any]], dict[
     if manifest.dialect == TENSORRT:
         _raise([f"model.onnx: TensorRT would refuse it: {p}" for p in check_tensorrt(model)])
         passed("tensorrt", "nothing in the graph that TensorRT would refuse")
+    if manifest.dialect != TENSORRT and is_installed():
+        passed("openvino", _openvino_detail(contents, manifest))
     for name in manifest.formats:
         passed(name, _format_detail(name, model, contents, manifest))
     if PRECOMPILED in contents:
@@ -581,7 +609,7 @@ def _check(folder: Path, task: Task | None) -> tuple[list[dict[str, Any]], dict[
         passed("compressed", _compressed_detail(contents))
     accuracy = None
     if task is not None:
-        accuracy = _accuracy(task, session, manifest)
+        accuracy = _accuracy(task, contents["model.onnx"], manifest)
         passed(
             "accuracy",
             f"{accuracy['metric']} {accuracy['accuracy']:.4f} on {accuracy['split']}, "
@@ -944,6 +972,33 @@ def _compare_outputs(
     return f"{rows} samples within {worst:.3g} of the outputs recorded on {there}"
 
 
+def _openvino_detail(contents: Mapping[str, bytes], manifest: Manifest) -> str:
+    """Whether OpenVINO opens the model and computes the recorded outputs.
+
+    Two runtimes round differently, and that adds up over layers: outputs are others' where they
+    are further away than half the recorded ones' spread. Raises PackageError for a package that
+    was scored in OpenVINO; another need not run there.
+    """
+    runtime = manifest.runtime if manifest.runtime in OPENVINO_RUNTIMES else OPENVINO_RUNTIMES[0]
+    arrays, worst, problem = _arrays(contents["sample.npz"]), 0.0, ""
+    try:
+        session = RUNTIMES[runtime]().open(contents["model.onnx"])
+        outputs = session.run([arrays[name] for name in session.input_names])
+        for spec, value in zip(manifest.outputs, outputs, strict=True):
+            recorded = arrays[spec.name]
+            difference = _difference(value, recorded)
+            worst = max(worst, difference)
+            if math.isinf(difference) or divergence(recorded, value, classes=False) > 0.25:
+                problem = f"it computes another output {spec.name!r}, {difference:.3g} away"
+    except Exception as error:
+        problem = f"it does not run the model: {_one_line(error)}"
+    if problem and runtime == manifest.runtime:
+        raise PackageError(f"model.onnx: in OpenVINO {problem}")
+    if problem:
+        return f"for onnxruntime alone ({problem}); search with --hardware openvino-cpu"
+    return f"opens in OpenVINO, outputs within {worst:.3g} of the recorded ones"
+
+
 def _format_detail(
     name: str, model: onnx.ModelProto, contents: Mapping[str, bytes], manifest: Manifest
 ) -> str:
@@ -1021,8 +1076,9 @@ def _difference(value: Array, recorded: Array) -> float:
     return math.inf if np.isnan(apart).any() else float(apart.max())
 
 
-def _accuracy(task: Task, session: OnnxSession, manifest: Manifest) -> dict[str, Any]:
-    """Score the model on the split of the manifest's figures. Raises PackageError, TaskError."""
+def _accuracy(task: Task, model: bytes, manifest: Manifest) -> dict[str, Any]:
+    """Score the model, in the runtime that did, on the split of the manifest's figures. Raises
+    PackageError, TaskError; ModelError where that runtime is not installed."""
     graph = lower(task)
     products = {layer.name for layer in graph.products}
     names = sorted((set(graph.by_name) ^ set(manifest.layers)) - products)
@@ -1039,7 +1095,7 @@ def _accuracy(task: Task, session: OnnxSession, manifest: Manifest) -> dict[str,
     stated = Score.from_dict(manifest.verified or manifest.searched)
     evaluator = evaluator_for(task, graph, stated.split)
     base = evaluator.set_reference(OnnxRuntime().open(float_model(graph))).value
-    score = evaluator.score(session)
+    score = evaluator.score(RUNTIMES[manifest.runtime]().open(model))
     quarter = score.standard_error / 4
     tolerance = max(
         quarter if math.isfinite(quarter) else 0.0,

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from autoquant import document
 from autoquant.errors import HardwareError
 
+RuntimeName = Literal["onnxruntime", "openvino", "openvino-bf16"]
 CLASSES = ("conv", "pointwise", "depthwise", "dense")
 _FORMAT_BITS = {"integer": 0, "float32": 32, "float16": 16, "bfloat16": 16}
 
@@ -208,7 +209,7 @@ class Hardware(document.Document):
 
     name: str = ""
     description: str = ""
-    runtime: Literal["onnxruntime", "openvino", "openvino-bf16"] = "onnxruntime"
+    runtime: RuntimeName = "onnxruntime"
     dialect: Literal["onnxruntime", "openvino", "tensorrt"] = "onnxruntime"
     formats: tuple[Literal["encodings", "c-header", "tflite"], ...] = ()
     latency: Literal["measured", "analytic"] = "measured"

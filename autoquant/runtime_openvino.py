@@ -25,6 +25,7 @@ from autoquant.task import Array
 if TYPE_CHECKING:
     import openvino
 
+OPENVINO_RUNTIMES = ("openvino", "openvino-bf16")
 _TICK_MS = 1e-3  # OpenVINO's profiler counts in whole microseconds and drops the rest
 
 
@@ -78,7 +79,7 @@ class OpenVINO:
 
     def __init__(self, precision: Literal["f32", "bf16"] = "f32") -> None:
         self.precision = precision
-        self.name = "openvino" if precision == "f32" else f"openvino-{precision}"
+        self.name = OPENVINO_RUNTIMES[precision == "bf16"]
 
     @property
     def version(self) -> str:

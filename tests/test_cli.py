@@ -429,7 +429,8 @@ def test_profile_measures_into_a_file(
         (
             "hardware",
             {
-                "onnxruntime-cpu", "cortex-m4-cmsis-nn", "cortex-m4-x-cube-ai",
+                "onnxruntime-cpu", "openvino-cpu", "openvino-cpu-bf16", "cortex-m4-cmsis-nn",
+                "cortex-m4-x-cube-ai",
                 "cortex-m7-cmsis-nn", "cortex-m7-x-cube-ai", "cortex-m55-ethos-u55", "cortex-a53",
                 "cortex-a72", "cortex-a76", "jetson-orin-nano", "nvidia-t4", "nvidia-a100",
                 "xeon-amx", "qualcomm-hexagon", "edge-tpu", "imx500", "bitfusion",

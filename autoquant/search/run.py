@@ -282,7 +282,10 @@ def describe_environment() -> dict[str, Any]:
     from importlib.metadata import PackageNotFoundError, version
 
     versions = {}
-    for package in ("autoquant", "numpy", "torch", "onnx", "onnxscript", "optuna", "ray", "mlflow"):
+    for package in (
+        *("autoquant", "numpy", "torch", "onnx", "onnxscript", "openvino", "optuna", "ray"),
+        "mlflow",
+    ):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
