@@ -28,7 +28,7 @@ from autoquant.task import Array
 MAGIC = b"AQZ1"
 LONGEST = 16  # bits of a code
 _FAR = 255  # gap symbol: so many zeros, and no value
-_LEAST = 64  # weights below which a tensor stays in the LZMA part
+LEAST_CODED = 64  # weights below which a tensor stays in the LZMA part
 _FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
 
 
@@ -205,7 +205,7 @@ def _blobs(model: onnx.ModelProto) -> Iterator[tuple[list[TensorProto], int, lis
             tensor.data_type == TensorProto.INT8
             and tensor.HasField("raw_data")
             and tensor.name not in taken
-            and len(tensor.raw_data) >= _LEAST
+            and len(tensor.raw_data) >= LEAST_CODED
         ):
             yield [tensor], 8, [len(tensor.raw_data)]
 
@@ -214,7 +214,7 @@ def _pieces(sizes: Sequence[int]) -> list[int]:
     """Sizes of what is coded by a table of its own: small parts go with the one before."""
     found: list[int] = []
     for size in sizes:
-        if found and size < _LEAST:
+        if found and size < LEAST_CODED:
             found[-1] += size
         else:
             found.append(size)
@@ -304,3 +304,19 @@ def _parsed(data: bytes) -> onnx.ModelProto:
 def stored_bytes(model: bytes) -> int:
     """Size of an ONNX file's ``.aqz``."""
     return len(compress(model))
+
+
+def coded_bytes(values: Array) -> int:
+    """Bytes that integers of one tensor take in `compress`, its code tables left out."""
+    symbols = values.reshape(-1).astype(np.int16)
+    symbols -= symbols.min(initial=0)
+    counts = np.bincount(symbols, minlength=1)
+    gaps, rest = _gaps(symbols, int(counts.argmax()))
+    plain = _huffman_bytes(counts)
+    if not len(rest) or 2 * len(rest) >= len(symbols):
+        return plain
+    return min(plain, _huffman_bytes(np.bincount(gaps)) + _huffman_bytes(np.bincount(rest)))
+
+
+def _huffman_bytes(counts: Array) -> int:
+    return -(-int(code_lengths(counts).astype(np.int64) @ counts) // 8)

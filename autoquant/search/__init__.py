@@ -69,7 +69,13 @@ __all__ = ["Callback", "SearchSettings", "search"]
 
 POLISHED = 2  # members of the front that a search polishes, and one for each hundred trials
 OBJECTIVES = ("accuracy", "latency_ms", "size_bytes")
-_COST_LIMITS = ("max_size_bytes", "max_latency_ms", "max_energy_mj", "max_peak_memory_bytes")
+_COST_LIMITS = (
+    "max_size_bytes",
+    "max_latency_ms",
+    "max_energy_mj",
+    "max_peak_memory_bytes",
+    "max_stored_bytes",
+)
 _NOT_MEASURED = dict.fromkeys(("latency_ms", "latency_median_ms", "latency_spread_ms"))
 
 
@@ -106,6 +112,7 @@ class SearchSettings:
     max_drop: float | None = None
     max_energy_mj: float | None = None
     max_peak_memory_bytes: int | None = None
+    max_stored_bytes: int | None = None
     batch: int = 1
     threads: int = 1
     workers: int = 1
@@ -169,6 +176,7 @@ class SearchSettings:
             "max_drop": self.max_drop,
             "max_energy_mj": self.max_energy_mj,
             "max_peak_memory_bytes": self.max_peak_memory_bytes,
+            "max_stored_bytes": self.max_stored_bytes,
             "batch": self.batch,
             "threads": self.threads,
             "workers": self.workers,
@@ -260,6 +268,7 @@ def _searched(
                 settings.max_drop,
                 settings.max_energy_mj,
                 settings.max_peak_memory_bytes,
+                stored_bytes=settings.max_stored_bytes,
             ),
             batch=settings.batch,
             threads=settings.threads,
@@ -416,9 +425,11 @@ def first_candidates(
     if len(priors) > 1:
         tables = [(mean_of(priors), 10, 6), *((t, 5, 3) for t in list(priors.values())[:3])]
     for table, by_size, by_latency in tables:
-        budgets = {"size_bytes": by_size, "latency_ms": by_latency, "energy_mj": by_latency}
+        budgets = {"size_bytes": by_size, "stored_bytes": by_size}
+        budgets |= {"latency_ms": by_latency, "energy_mj": by_latency}
+        alone = len(objectives) == 2 and "stored_bytes" not in objectives
         for name, points in budgets.items():
-            if name in objectives or (name == "size_bytes" and len(objectives) == 2):
+            if name in objectives or (name == "size_bytes" and alone):
                 costs = context.additive_cost(name)
                 solved = curve(context.choices, table, costs, points, tied=context.tied)
                 found += [("solver", c) for c in solved]
@@ -584,8 +595,8 @@ def _why_none(name: str, results: Sequence[TrialResult]) -> str:
         return f"run {name!r}: no trial was finished"
     return (
         f"run {name!r}: none of {len(results)} trials satisfies the limits; "
-        "loosen --max-size-bytes, --max-latency-ms, --max-energy-mj, --max-peak-memory-bytes or "
-        "--max-drop, or widen the space"
+        "loosen --max-size-bytes, --max-latency-ms, --max-energy-mj, --max-peak-memory-bytes, "
+        "--max-stored-bytes or --max-drop, or widen the space"
     )
 
 
