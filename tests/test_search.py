@@ -304,6 +304,7 @@ def test_zeros_and_codebooks_are_searched_for_their_size_in_storage(tmp_path: Pa
         assert member.predicted.stored_bytes is not None and member.artifact is not None
         real = stored_bytes((front.folder / member.artifact).read_bytes())
         assert member.predicted.stored_bytes == pytest.approx(real, rel=0.15)
+        assert member.verified is not None and member.verified["stored_bytes"] == real
     tight = min(t["predicted"]["stored_bytes"] for t in done) + 40
     limited = search(given, settings(tmp_path, name="two", max_stored_bytes=tight, **found))
     assert all((m.predicted.stored_bytes or 0) <= tight for m in limited.members)

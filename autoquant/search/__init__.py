@@ -18,6 +18,7 @@ import numpy as np
 from autoquant.calibration import fixed_batch
 from autoquant.candidate import ACTIVATION_BITS, WEIGHT_BITS, Candidate, LayerChoice
 from autoquant.compress import Artifact
+from autoquant.compress.coding import stored_bytes
 from autoquant.compress.polish import is_tuned
 from autoquant.compress.qdq import INT8_KINDS
 from autoquant.cost.table import TableModel, to_profile
@@ -670,8 +671,10 @@ def _verify(
 
     ``baseline`` gets what the float network measures and, under ``uniform_int8``, what all
     layers at 8/8 do: test score, size, latency in the same rounds. The latency of an analytic
-    device stays null: this machine's would be another device's.
+    device stays null: this machine's would be another device's. Where ``stored_bytes`` is asked
+    for, the file is entropy-coded and its size is a figure of the member.
     """
+    is_coded = "stored_bytes" in settings.objectives or settings.max_stored_bytes is not None
     here = context.hardware.latency == "measured"
     runtime = RUNTIMES[context.hardware.runtime]()
     hashes = {r.trial: r.sha256 for r in results}
@@ -689,7 +692,7 @@ def _verify(
         with contextlib.suppress(HardwareError):  # a space without int8: its kernels were not timed
             beside["predicted_latency_ms"] = context.predict(int8).latency_ms
         baseline["uniform_int8"] = beside
-    scores = {}
+    scores: dict[int, dict[str, Any]] = {}
     for member in members:
         path = folder / "artifacts" / f"{member.trial}.onnx"
         artifact = _kept(path, member, hashes[member.trial])
@@ -707,7 +710,9 @@ def _verify(
         found = member.searched
         if test is not None:
             found = test.score(runtime.open(artifact.model))
-        scores[member.trial] = found
+        scores[member.trial] = found.to_dict()
+        if is_coded:
+            scores[member.trial]["stored_bytes"] = stored_bytes(artifact.model)
     times: dict[str, Mapping[str, Any]] = {}
     if here:
         inputs = latency_inputs(task, context.graph, settings.batch)
@@ -720,7 +725,7 @@ def _verify(
         replace(
             member,
             verified={
-                **scores[member.trial].to_dict(),
+                **scores[member.trial],
                 **times.get(str(member.trial), _NOT_MEASURED),
             },
             artifact=f"artifacts/{member.trial}.onnx",
