@@ -73,6 +73,13 @@ class QuantizedWeight:
         return pack(places.astype(np.int16) - 2 ** (self.bits - 1), self.bits)
 
     @cached_property
+    def coded_bytes(self) -> int:
+        """What the integers take in an entropy code; see `coding.coded_bytes`."""
+        from autoquant.compress.coding import coded_bytes
+
+        return coded_bytes(self.values)
+
+    @cached_property
     def half_scale(self) -> bool:
         """Whether the scales are stored as float16: those of blocks are, where it is exact."""
         return bool(self.block) and bool((self.scale.astype(np.float16) == self.scale).all())

@@ -11,7 +11,7 @@ from onnx import helper
 
 from autoquant.candidate import Candidate, LayerChoice, block_size
 from autoquant.compress.bank import PLANES, Bank
-from autoquant.compress.coding import LEAST_CODED, coded_bytes
+from autoquant.compress.coding import LEAST_CODED
 from autoquant.compress.qdq import (
     NBITS_DOMAIN,
     OPENVINO,
@@ -115,7 +115,6 @@ class FileSize:
         self, graph: Graph, bank: Bank | None = None, dialect: str = "onnxruntime"
     ) -> None:
         self.graph, self.bank, self.dialect = graph, bank, dialect
-        self.coded: dict[Any, float] = {}  # weights → bytes that they take in an entropy code
         body = graph.model.graph
         self.nodes = [
             (node.ByteSize(), tuple(node.input), tuple(node.output)) for node in graph.nodes
@@ -156,11 +155,7 @@ class FileSize:
         """What the layer's weights of at most 8 bits take in the entropy code."""
         if self.bank is None:
             return layer.parameters * choice.stored_bits / 8
-        entry = self.bank.get(layer, choice)
-        key = (layer.weight, layer.channel_axis, id(entry))
-        if key not in self.coded:
-            self.coded[key] = float(coded_bytes(entry.values))
-        return self.coded[key]
+        return float(self.bank.get(layer, choice).coded_bytes)
 
 
 class _File:
