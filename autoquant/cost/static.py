@@ -296,6 +296,8 @@ class _File:
             self._node_bias(layer)
             self._tensor(name + 2, (channels,), 4)
             self._tensor(name + 2, scales, 4)
+            product = 4 * math.prod(scales)  # of two that are stored
+            self.data, self.plain = self.data - product, self.plain + product
             self._node("DequantizeLinear", [name + 2, name + 2], [name], attributes=axis)
 
     def _unfolded(
