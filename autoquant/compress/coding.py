@@ -219,7 +219,8 @@ def _bias_scales(model: onnx.ModelProto) -> list[tuple[TensorProto, bytes]]:
         for node in model.graph.node
         if node.op_type == "DequantizeLinear" and node.input[1] in known
     }
-    found, inputs = [], set()
+    found: list[tuple[TensorProto, bytes]] = []
+    inputs: set[str] = set()
     for node in model.graph.node:
         first = [scales[name] for name in node.input[:3] if name in scales]
         if len(first) == 3 and all(t.data_type == TensorProto.FLOAT for t in first):
