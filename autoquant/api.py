@@ -110,8 +110,9 @@ def search(
 
     ``task``: a Task or what the command line takes, with ``data`` for an ONNX file.
     ``settings``: the fields of `SearchSettings` (space, hardware, objectives, trials, timeout,
-    max_size_bytes, max_latency_ms, max_energy_mj, max_peak_memory_bytes, max_drop, batch,
-    threads, workers, seed, name, runs_dir, resume, …). Raises UserError, NoFeasibleMember.
+    max_size_bytes, max_latency_ms, max_energy_mj, max_peak_memory_bytes, max_stored_bytes,
+    max_drop, batch, threads, workers, seed, name, runs_dir, resume, …). Raises UserError,
+    NoFeasibleMember.
     """
     try:
         options = SearchSettings(**settings)

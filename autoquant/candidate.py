@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -41,8 +42,8 @@ def parse_sparsity(value: float | str) -> tuple[int, int] | float:
     elif type(value) in (int, float) and 0 <= value < 1:
         return float(value)
     raise CandidateError(
-        f"sparsity is {value!r}; it can be the share of zeros from 0 to <1, or a pattern such as "
-        "'2:4': two weights kept of every four"
+        f"sparsity is {value!r}; it can be the share of zeros from 0 to <1, or a pattern in quotes "
+        "such as '2:4': two weights kept of every four"
     )
 
 
@@ -126,6 +127,20 @@ class LayerChoice:
                 f"granularity {self.granularity!r} needs activation_bits 16 or 32, or nbits: "
                 f"kernels with {self.activation_bits}-bit inputs have one weight scale a channel"
             )
+
+    @property
+    def stored_bits(self) -> float:
+        """About what an entropy code takes for a weight: which are zero, and what the others
+        are. Weights that are not zero count as evenly spread, so it is an upper bound."""
+        pattern = parse_sparsity(self.sparsity)
+        if isinstance(pattern, tuple):
+            kept = pattern[0] / pattern[1]
+            places = math.log2(math.comb(pattern[1], pattern[0])) / pattern[1]
+        else:
+            kept = 1 - pattern
+            places = -sum(p * math.log2(p) for p in (kept, pattern) if p)
+        values = math.log2(max(1, 2**self.weight_bits - bool(pattern)))
+        return min(float(self.weight_bits), places + kept * values)
 
     @property
     def is_float(self) -> bool:

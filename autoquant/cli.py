@@ -141,6 +141,9 @@ def search(
     max_peak_memory_bytes: Annotated[
         int | None, typer.Option(metavar="N", help="of activations")
     ] = None,
+    max_stored_bytes: Annotated[
+        int | None, typer.Option(metavar="N", help="entropy-coded, as export --compressed")
+    ] = None,
     max_drop: Annotated[
         float | None, typer.Option(metavar="X", help="in the metric's units, on validation")
     ] = None,
@@ -231,6 +234,7 @@ def search(
         "max_latency_ms": max_latency_ms,
         "max_energy_mj": max_energy_mj,
         "max_peak_memory_bytes": max_peak_memory_bytes,
+        "max_stored_bytes": max_stored_bytes,
         "max_drop": max_drop,
         "batch": batch,
         "threads": threads,

@@ -542,6 +542,11 @@ def _uses(extra: Mapping[str, bytes], missing: Mapping[str, str], source: _Sourc
         )
     parts += [f.use for f in FORMATS.values() if f.files[0] in extra]
     parts += [f"There is no {name}: {reason}.\n" for name, reason in missing.items()]
+    if COMPRESSED in extra:
+        parts.append(
+            f"`{COMPRESSED}` is `model.onnx` entropy-coded, in {len(extra[COMPRESSED]):,} bytes:\n"
+            f"`autoquant unpack {COMPRESSED} -o model.onnx` makes the same file of it.\n"
+        )
     if PRECOMPILED in extra:
         parts.append(
             f"`{PRECOMPILED}` is what onnxruntime makes of `model.onnx` when it opens it on the\n"
@@ -675,8 +680,7 @@ def _read_files(folder: Path, manifest: Manifest) -> dict[str, bytes]:
     _raise([f"{MANIFEST}: formats: unknown {n!r}; {nearest(n, FORMATS)}" for n in unknown])
     names = [*FILES, *(n for format in manifest.formats for n in FORMATS[format].files)]
     problems = [f"{MANIFEST}: files lacks {n}" for n in names if n not in manifest.files]
-    if PRECOMPILED in manifest.files:
-        names.append(PRECOMPILED)
+    names += [name for name in (PRECOMPILED, COMPRESSED) if name in manifest.files]
     problems += [f"{MANIFEST}: files has {n!r}" for n in manifest.files if n not in names]
     _raise(problems)
     known = {*names, MANIFEST}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -63,13 +65,38 @@ class Rates(document.Document):
         return found or self.conv
 
 
+class Sparse(document.Document):
+    """What a kernel makes of weights with a pattern of zeros, ``"N:M"``: N of M are not zero.
+
+    Its rate is ``speedup`` times the dense one; it reads the N weights and their places.
+    """
+
+    pattern: str = "2:4"
+    speedup: Figure
+
+    @field_validator("pattern")
+    @classmethod
+    def _is_pattern(cls, value: str) -> str:
+        found = re.fullmatch(r"([0-9]{1,2}):([0-9]{1,2})", value)
+        if found is None or not 0 < int(found[1]) < int(found[2]):
+            raise ValueError(f"{value!r} is no pattern in quotes such as '2:4'")
+        return value
+
+    @property
+    def share(self) -> tuple[float, float]:
+        """Of the weights that are read, and bits a weight for their places."""
+        kept, of = map(int, self.pattern.split(":"))
+        return kept / of, kept / of * math.ceil(math.log2(of))
+
+
 class Kernel(document.Document):
     """A pair of widths that the device computes with; narrower stored bits run on it.
 
     ``format``: what it computes in; a 32/32 kernel may compute float layers in float16.
     ``bit_serial``: a multiplication takes time and energy by the product of the bits that a
     layer has; ``rates`` and ``pj_per_mac`` are those at full width. ``dynamic``: it takes the
-    range of activations at run time. ``rates``, their ``peak`` (no rate may be above it) and
+    range of activations at run time. ``sparse``: what it gains from a pattern of zeros; without
+    it, and from other zeros, nothing. ``rates``, their ``peak`` (no rate may be above it) and
     ``pj_per_mac`` are for analytic profiles.
     """
 
@@ -80,6 +107,7 @@ class Kernel(document.Document):
     format: Literal["integer", "float32", "float16", "bfloat16"] = "integer"
     bit_serial: bool = False
     dynamic: bool = False
+    sparse: Sparse | None = None
     peak: Figure | None = None
     rates: Rates | None = None
     pj_per_mac: Figure | None = None

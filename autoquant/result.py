@@ -67,6 +67,8 @@ class Cost:
 
     ``size_bytes``: the ONNX file. ``weight_bytes``: weights of quantizable layers packed at
     their own bits. ``bops``: MACs × weight bits × activation bits.
+    ``stored_bytes``: the file entropy-coded, as ``export --compressed`` stores it; None in records
+    of before it was counted.
     ``peak_memory_bytes``: live activation tensors, maximum over the execution order.
     """
 
@@ -78,6 +80,7 @@ class Cost:
     bops: int
     peak_memory_bytes: int
     energy_mj: float | None = None
+    stored_bytes: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The form of ``predicted`` in front.json."""

@@ -21,6 +21,7 @@ from autoquant.candidate import (
     LayerChoice,
     block_size,
     is_rank,
+    parse_sparsity,
 )
 from autoquant.errors import CandidateError, SpaceError, nearest
 from autoquant.training import TrainingSettings
@@ -82,6 +83,10 @@ class Rule(document.Document):
     pair then comes with each. Where a kernel has no block scales, a block means ``channel``.
     ``nbits``: Gemm and MatMul with 2, 4 or 8 bits in blocks run on packed weights. With several
     names in ``rounding`` a choice of at most 8 weight bits comes once for each.
+
+    ``sparsity``: shares of zeros (0: none) and patterns such as ``"2:4"``; each choice of at most
+    8 weight bits comes with each. ``codebook_bits``: choices beside those of ``weight_bits``,
+    whose weights are one of so many bits' values of a codebook.
     """
 
     layers: str | tuple[str, ...] = "*"
@@ -95,6 +100,23 @@ class Rule(document.Document):
     int16: bool = False
     nbits: bool = False
     rounding: tuple[str, ...] = ()
+    sparsity: tuple[float | str, ...] = (0.0,)
+    codebook_bits: WeightBits = ()
+
+    @field_validator("sparsity")
+    @classmethod
+    def _known_sparsities(cls, value: tuple[float | str, ...]) -> tuple[float | str, ...]:
+        for share in value:
+            try:
+                parse_sparsity(share)
+            except CandidateError as error:
+                raise ValueError(str(error)) from None
+        return tuple(dict.fromkeys(value)) or (0.0,)
+
+    @field_validator("codebook_bits")
+    @classmethod
+    def _known_codebooks(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        return _known(value, tuple(bits for bits in WEIGHT_BITS if bits < 8))
 
     @field_validator("rounding")
     @classmethod
@@ -104,7 +126,7 @@ class Rule(document.Document):
                 raise ValueError(f"{name!r} is not one of {', '.join(ROUNDING_NAMES)}")
         return tuple(dict.fromkeys(value))
 
-    @field_validator("granularity", "rounding", mode="before")
+    @field_validator("granularity", "rounding", "sparsity", mode="before")
     @classmethod
     def _listed(cls, value: object) -> object:
         return _listed(value)
@@ -127,34 +149,44 @@ class Rule(document.Document):
         )
 
     def choices(self, kind: str) -> tuple[LayerChoice, ...]:
-        """From the smallest to the largest; float last."""
+        """From the smallest to the largest as they are stored; float last."""
         found = []
         is_dense = kind in ("Gemm", "MatMul")
         widths = (32,) if kind == "Gather" else self.activation_bits
         weights: tuple[int, ...] = self.weight_bits
         if kind == "Product":
             weights, widths = (32,), tuple(bits for bits in widths if bits == 8)
-        each = product(sorted(weights), sorted(widths), self.granularity)
-        for weight, activation, granularity in each:
+        codebooks = () if kind in ("Gather", "Product") else self.codebook_bits
+        grids = [(bits, False) for bits in weights] + [(bits, True) for bits in codebooks]
+        each = product(sorted(grids), sorted(widths), self.granularity, self.sparsity)
+        for (weight, codebook), activation, granularity, sparsity in each:
             if weight == activation == 32:
                 continue
+            if codebook and granularity != self.granularity[0]:
+                continue  # its scales are those of channels
             is_int8 = weight <= 8 and activation <= 8
             block = bool(block_size(granularity))
             nbits = self.nbits and is_dense and block and weight in NBITS and activation in (8, 32)
+            nbits = nbits and not codebook
             dynamic = (self.dynamic or nbits) and is_dense and is_int8 and activation == 8
             for rounding in (self.rounding if weight <= 8 else ()) or (None,):
                 found.append(
                     LayerChoice(
                         weight,
                         activation,
-                        granularity="channel" if block and is_int8 and not nbits else granularity,
+                        granularity="channel"
+                        if codebook or (block and is_int8 and not nbits)
+                        else granularity,
                         symmetric=self.symmetric,
                         dynamic=dynamic,
                         int16=self.int16,
                         nbits=nbits,
-                        rounding=rounding,
+                        rounding=None if codebook else rounding,
+                        sparsity=sparsity if weight <= 8 else 0.0,
+                        codebook=codebook,
                     )
                 )
+        found.sort(key=lambda choice: choice.stored_bits)
         is_float = self.float_ or (32 in self.weight_bits and 32 in self.activation_bits)
         return tuple(dict.fromkeys([*found, FLOAT] if is_float or not found else found))
 

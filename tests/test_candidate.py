@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import subprocess
@@ -292,3 +293,12 @@ def test_a_rounding_is_hashed_where_it_has_an_effect() -> None:
 def test_an_unknown_rounding_names_the_layer_and_the_field(bad: Any) -> None:
     with pytest.raises(CandidateError, match=r"'a': rounding is .*second-order, adaround"):
         Candidate.from_dict({"layers": {"a": {"weight_bits": 4, "rounding": bad}}})
+
+
+def test_the_bits_that_an_entropy_code_takes() -> None:
+    assert LayerChoice(4, 8).stored_bits == 4 and FLOAT.stored_bits == 32
+    half = LayerChoice(4, 8, sparsity=0.5).stored_bits  # which are zero, and 15 values
+    assert half == pytest.approx(1 + 0.5 * math.log2(15))
+    pattern = LayerChoice(4, 8, sparsity="2:4").stored_bits  # one of six patterns a four
+    assert pattern == pytest.approx(math.log2(6) / 4 + 0.5 * math.log2(15))
+    assert pattern < half < LayerChoice(4, 8, sparsity=0.1).stored_bits < 4

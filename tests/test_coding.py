@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
+from conftest import NETWORKS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
@@ -111,3 +112,17 @@ def test_onnx_still_reads_what_was_unpacked() -> None:
     before = model(np.arange(-100, 100, dtype=np.int8))
     found = onnx.load_from_string(coding.decompress(coding.compress(before)))
     assert numpy_helper.to_array(found.graph.initializer[0]).tolist() == list(range(-100, 100))
+
+
+def test_the_scale_of_a_bias_is_not_stored_where_it_follows() -> None:
+    net = NETWORKS["residual"]()
+    model = net.assemble(net.uniform(8, 8))
+    data = model.SerializeToString(deterministic=True)
+    stored = coding.compress(data)
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    scale = tensors["conv1.b.s"]
+    scale.raw_data = (1.001 * np.frombuffer(scale.raw_data, np.float32)).tobytes()
+    other = model.SerializeToString(deterministic=True)
+    assert coding.decompress(stored) == data
+    assert coding.decompress(coding.compress(other)) == other
+    assert len(coding.compress(other)) > len(stored) + 2 * len(scale.raw_data) // 3

@@ -19,6 +19,7 @@ from autoquant.candidate import (
 )
 from autoquant.compress import compress
 from autoquant.compress.bank import Bank
+from autoquant.compress.coding import stored_bytes
 from autoquant.compress.qdq import plan
 from autoquant.cost import CostModel, static
 from autoquant.result import Cost
@@ -271,3 +272,22 @@ def test_blocks_store_a_half_for_each_of_them() -> None:
     layer = found.graph.by_name["second"]  # 96 channels of 70 inputs
     assert static.block_scale_bytes(layer, LayerChoice(4, 32, "block32")) == 2 * 96 * 3
     assert static.block_scale_bytes(layer, LayerChoice(4, 32)) == 0
+
+
+@pytest.mark.parametrize("bits", [3, 4, 6, 8, 16, 32])
+def test_the_entropy_coded_size_is_predicted(bits: int) -> None:
+    found = wide()
+    candidate = found.resolved(found.uniform(bits, 8 if bits <= 8 else 32))
+    artifact = compress(found.graph, candidate, found.calibration, found.bank, "onnxruntime")
+    predicted = CostModel(found.graph, "onnxruntime", bank=found.bank).predict(candidate)
+    assert predicted.stored_bytes == pytest.approx(stored_bytes(artifact.model), rel=0.04)
+
+
+def test_without_weights_their_entropy_is_bounded() -> None:
+    found = wide()
+    for choice in (LayerChoice(4, 8), LayerChoice(4, 8, sparsity=0.75)):
+        candidate = found.resolved(dict.fromkeys([x.name for x in found.graph.layers], choice))
+        known = CostModel(found.graph, "onnxruntime", bank=found.bank).predict(candidate)
+        before = CostModel(found.graph, "onnxruntime").predict(candidate)
+        assert known.stored_bytes is not None and before.stored_bytes is not None
+        assert known.stored_bytes < 1.02 * before.stored_bytes < 1.5 * known.stored_bytes

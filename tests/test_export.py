@@ -24,6 +24,8 @@ from conftest import NETWORKS, Weights, build, images, node
 from onnx import TensorProto, numpy_helper
 
 from autoquant.candidate import Candidate, LayerChoice
+from autoquant.cli import main
+from autoquant.compress.coding import compress
 from autoquant.errors import PackageError, RunError, TaskError
 from autoquant.export import (
     FILES,
@@ -176,6 +178,57 @@ def test_every_member_can_be_exported(front: Front, tmp_path: Path) -> None:
     for member in Front.read(front.folder).members:
         folder = export(member, tmp_path / str(member.trial))
         assert verify(folder)["ok"]
+
+
+def test_a_compressed_package_unpacks_to_the_model(
+    front: Front, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = export(packed(front), tmp_path / "small", front=front, compressed=True)
+    stored, whole = folder / "model.aqz", (folder / "model.onnx").read_bytes()
+    assert stored.stat().st_size < 0.8 * len(whole)
+    assert "autoquant unpack model.aqz -o model.onnx" in (folder / "README.md").read_text()
+    checks = {check["name"]: check for check in verify(folder)["checks"]}
+    assert "unpacks to model.onnx" in checks["compressed"]["detail"]
+    assert main(["unpack", str(stored), "-o", str(tmp_path / "again.onnx"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == {
+        "model": str(tmp_path / "again.onnx"),
+        "size_bytes": len(whole),
+        "stored_bytes": stored.stat().st_size,
+    }
+    assert (tmp_path / "again.onnx").read_bytes() == whole
+    assert main(["unpack", str(stored), "-o", str(tmp_path / "again.onnx")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "again.onnx")
+
+
+def test_a_compressed_model_that_is_another_is_found(front: Front, tmp_path: Path) -> None:
+    folder = export(packed(front), tmp_path / "small", front=front, compressed=True)
+    stored = folder / "model.aqz"
+    other = front.members[0] if front.members[0] != packed(front) else front.members[-1]
+    assert front.folder is not None and other.artifact is not None
+    for data, message in (
+        (compress((front.folder / other.artifact).read_bytes()), "holds another model than"),
+        (stored.read_bytes()[:-9], "model.aqz: (the file ends early|damaged|a coded tensor)"),
+    ):
+        stored.write_bytes(data)
+        edit(folder, lambda m: m["files"].update({"model.aqz": sha256(stored)}))
+        with pytest.raises(PackageError, match=message):
+            verify(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"PK", "small.aqz: not a compressed model"), (None, "small.aqz: cannot be read: No such")],
+)
+def test_what_cannot_be_unpacked_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None, message: str
+) -> None:
+    if content is not None:
+        (tmp_path / "small.aqz").write_bytes(content)
+    status = main(["unpack", str(tmp_path / "small.aqz"), "-o", str(tmp_path / "x.onnx")])
+    output = capsys.readouterr()
+    assert status == 2 and output.out == "" and message in output.err
+    assert output.err.count("\n") == 1 and not (tmp_path / "x.onnx").exists()
 
 
 def test_two_exports_are_equal(front: Front, original: Path, tmp_path: Path) -> None:

@@ -176,3 +176,11 @@ def test_the_next_kernel_is_the_narrowest_that_is_wide_enough() -> None:
     assert load_hardware("cortex-m4-cmsis-nn").room == (655360, False)
     assert load_hardware("onnxruntime-cpu").room is None
     assert load_hardware("bitfusion").pairs("Conv") == "16/16 and every width below"
+
+
+@pytest.mark.parametrize("pattern", ["4:2", "half", "2:4:8"])
+def test_a_pattern_that_is_none_is_named(tmp_path: Path, pattern: str) -> None:
+    sparse = f'sparse: {{pattern: "{pattern}", speedup: {{value: 2, source: a sheet}}}}'
+    kernel = f"{{weight_bits: 8, activation_bits: 8, source: here, {sparse}}}"
+    with pytest.raises(HardwareError, match=f"'{pattern}' is no pattern in quotes such as '2:4'"):
+        _profile(tmp_path, f"kernels: [{kernel}]")

@@ -170,3 +170,17 @@ def test_a_polished_artifact_is_never_farther_from_float_than_the_banks(
     guarded = context.compress(low(context, True))
     assert second(guarded.model) == second(plain.model)
     assert guarded.candidate.polish
+
+
+def test_polishing_keeps_zeros_and_codebooks(context: Context) -> None:
+    sparse = LayerChoice(3, 8, sparsity=0.5)
+    clustered = LayerChoice(3, 8, sparsity=0.5, codebook=True)
+    layers = dict(zip(("first", "second", "head"), (sparse, clustered, LOW), strict=True))
+    candidate = Candidate(layers, polish=True)
+    found, graph = resolve(context.graph, candidate), context.graph
+    bank = polish(graph, found, context.calibration, context.bank, context.inputs, "onnxruntime", 1)
+    kept = context.bank.get(graph.by_name["first"], sparse)
+    assert not bank.overrides["first"].values[kept.values == 0].any()
+    assert (bank.overrides["first"].values != kept.values).any()
+    assert "second" not in bank.overrides and "head" in bank.overrides
+    assert len(context.compress(candidate).model)

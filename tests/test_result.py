@@ -24,7 +24,7 @@ def test_a_score_has_the_names_of_front_json() -> None:
 def test_a_cost_has_the_names_of_front_json() -> None:
     assert set(COST_NAMES) == {
         "latency_ms", "size_bytes", "weight_bytes", "average_weight_bits", "energy_mj", "macs",
-        "bops", "peak_memory_bytes",
+        "bops", "peak_memory_bytes", "stored_bytes",
     }  # fmt: skip
     assert tuple(COST.to_dict()) == COST_NAMES
     assert Cost.from_dict({**json.loads(json.dumps(COST.to_dict())), "new": 1}) == COST

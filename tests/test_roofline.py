@@ -359,3 +359,35 @@ def test_a_limit_that_nothing_predicts_is_an_error(tmp_path: Path) -> None:
     quiet = device(kernel(8, 8, 1.0))
     with pytest.raises(HardwareError, match=r"--max-energy-mj: .* does not predict energy_mj"):
         search(task(tmp_path), settings(tmp_path, hardware=quiet, max_energy_mj=1.0))
+
+
+def test_a_pattern_of_zeros_is_faster_where_the_profile_says_so() -> None:
+    half, pattern = LayerChoice(8, 8, sparsity=0.5), LayerChoice(8, 8, sparsity="2:4")
+    plain = device(kernel(8, 8, 2.0))
+    assert ms(plain, INT8) == ms(plain, pattern) == ms(plain, half)
+    gain = {"pattern": "2:4", "speedup": figure(1.6)}
+    sparse = device(kernel(8, 8, 2.0, sparse=gain))
+    assert ms(sparse, INT8) == ms(sparse, half) == ms(plain, INT8)
+    assert ms(sparse, pattern) == pytest.approx(ms(plain, INT8) / 1.6)
+    other = LayerChoice(8, 8, sparsity="1:4")
+    assert ms(sparse, other) == ms(sparse, INT8)
+    slow = memory(bytes=1e6, gb_s=1e-4)  # the weights that move are half, and two bits for each
+    bound = device(kernel(8, 8, 1e6, sparse=gain), on_chip=slow)
+    saved = ms(bound, INT8) - ms(bound, pattern)
+    assert saved == pytest.approx(100 * (8 - (4 + 1)) / 8 / 1e5 * 1e3)
+
+
+def test_depthwise_layers_gain_nothing_from_a_pattern() -> None:
+    gain = {"pattern": "2:4", "speedup": figure(1.6)}
+    work = (Operator("depthwise", ((200, -1),), 80, 8000, "a", "Conv", "a", 100),)
+    model = RooflineModel(work, device(kernel(8, 8, 2.0, sparse=gain)))
+    pattern = LayerChoice(8, 8, sparsity="2:4")
+    assert model.predict(lambda _: pattern) == model.predict(lambda _: INT8)
+
+
+def test_a_sparse_layer_is_faster_on_the_shipped_profile_that_has_the_pattern() -> None:
+    net = NETWORKS["residual"]()
+    model = RooflineModel(net.graph, load_hardware("nvidia-a100"))
+    layer = net.graph.layers[1]
+    pattern = LayerChoice(8, 8, sparsity="2:4")
+    assert model.layer_ms(net.graph, layer, pattern) < model.layer_ms(net.graph, layer, INT8)

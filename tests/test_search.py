@@ -30,7 +30,8 @@ from small_task import (
     uniform,
 )
 
-from autoquant.candidate import Candidate
+from autoquant.candidate import Candidate, LayerChoice
+from autoquant.compress.coding import stored_bytes
 from autoquant.errors import (
     HardwareError,
     NoFeasibleMember,
@@ -271,6 +272,53 @@ def test_any_predicted_figure_is_an_objective(tmp_path: Path, objectives: tuple[
     front = search(task(tmp_path), settings(tmp_path, objectives=objectives, trials=6))
     assert front.objectives == objectives and list(front.reference_point) == list(objectives)
     assert front.members and front.hypervolume > 0
+
+
+SPARSE = Space.model_validate(
+    {
+        "name": "sparse",
+        "rules": [
+            {
+                "weight_bits": [4, 8],
+                "activation_bits": 8,
+                "sparsity": [0, 0.5, "2:4"],
+                "codebook_bits": 3,
+            }
+        ],
+        "training": {"halving": True, "steps": [10]},
+    }
+)
+
+
+def test_zeros_and_codebooks_are_searched_for_their_size_in_storage(tmp_path: Path) -> None:
+    given = task(tmp_path, train=batches(4, 128))
+    found = {"objectives": ("accuracy", "stored_bytes"), "space": SPARSE, "trials": 24}
+    front = search(given, settings(tmp_path, **found))
+    done = [t for t in lines(tmp_path) if t["status"] == "complete"]
+    chosen = [c for t in done for c in t["candidate"]["layers"].values()]
+    assert {c.get("sparsity", 0) for c in chosen} == {0, 0.5, "2:4"}
+    assert {c.get("codebook", False) for c in chosen} == {False, True}
+    assert any(t["candidate"]["training"] for t in done)
+    assert front.folder is not None
+    for member in front.members:
+        assert member.predicted.stored_bytes is not None and member.artifact is not None
+        real = stored_bytes((front.folder / member.artifact).read_bytes())
+        assert member.predicted.stored_bytes == pytest.approx(real, rel=0.15)
+        assert member.verified is not None and member.verified["stored_bytes"] == real
+    tight = min(t["predicted"]["stored_bytes"] for t in done) + 40
+    limited = search(given, settings(tmp_path, name="two", max_stored_bytes=tight, **found))
+    assert all((m.predicted.stored_bytes or 0) <= tight for m in limited.members)
+    assert {t["status"] for t in lines(tmp_path, "two")} >= {"complete", "infeasible"}
+
+
+def test_zeros_alone_are_no_gain_in_the_file_or_the_latency(tmp_path: Path) -> None:
+    found = trials.prepare(task(tmp_path), space=SPARSE, hardware=profile())
+    dense = {n: LayerChoice(4, 8) for n in LAYERS}
+    sparse = {n: LayerChoice(4, 8, sparsity=0.5) for n in LAYERS}
+    a, b = (found.predict(found.resolve(Candidate(x))) for x in (dense, sparse))
+    assert b.latency_ms == a.latency_ms and abs(b.size_bytes - a.size_bytes) < 150
+    assert b.stored_bytes is not None and a.stored_bytes is not None
+    assert b.weight_bytes == a.weight_bytes and b.stored_bytes < a.stored_bytes + 40
 
 
 def test_callbacks_hear_of_everything_in_order(tmp_path: Path) -> None:

@@ -371,3 +371,10 @@ def test_products_blocks_and_roundings_are_valued(name: str) -> None:
 def test_an_unknown_estimator_is_named(context: Context) -> None:
     with pytest.raises(RunError, match="did you mean 'fisher'"):
         estimate(context, estimator="fischer")
+
+
+def test_denser_weights_never_look_worse() -> None:
+    choices = [LayerChoice(4, 8, sparsity=0.5), LayerChoice(4, 8), LayerChoice(8, 8)]
+    assert monotone(choices, (0.1, 0.2, 0.15)) == (0.2, 0.2, 0.15)
+    other = [LayerChoice(4, 8, codebook=True), LayerChoice(4, 8)]
+    assert monotone(other, (0.1, 0.2)) == (0.1, 0.2)

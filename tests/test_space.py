@@ -319,3 +319,52 @@ def test_a_pattern_without_a_match_names_the_nearest(tmp_path: Path) -> None:
         space.ranks(["head"])
     with pytest.raises(SpaceError, match="drop: 'layer1"):
         space.dropped(["layer2.0"])
+
+
+def test_sparsities_and_codebooks_are_choices_beside_the_widths(tmp_path: Path) -> None:
+    found = _short(
+        _space(
+            tmp_path,
+            """
+            rules:
+              - weight_bits: [4, 16]
+                activation_bits: 8
+                sparsity: [0, 0.5, "2:4"]
+                codebook_bits: 3
+                float: true
+              - layers: "head"
+                weight_bits: 8
+                activation_bits: 8
+              - kinds: [Gather]
+                weight_bits: 4
+                sparsity: [0.75]
+                codebook_bits: [2, 3]
+            """,
+        )
+    )
+    assert found["stem.conv"] == [
+        "3/8 codebook sparse 2:4", "3/8 codebook sparse 0.5", "4/8 sparse 2:4", "4/8 sparse 0.5",
+        "3/8 codebook", "4/8", "16/8", "float",
+    ]  # fmt: skip
+    assert found["head"] == ["8/8"]
+    assert found["words"] == ["4/32 sparse 0.75"]  # an embedding has no codebook
+
+
+def test_a_list_without_zero_offers_no_dense_weights(tmp_path: Path) -> None:
+    text = "rules: [{weight_bits: [4, 32], activation_bits: [8], sparsity: 0.9}]"
+    assert _short(_space(tmp_path, text))["stem.conv"] == ["4/8 sparse 0.9", "32/8"]
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ("sparsity: 1.0", "sparsity is 1.0; it can be the share of zeros from 0 to <1, or a patt"),
+        ("sparsity: 2:4", "sparsity is 124.*; it can be .* a pattern in quotes such as '2:4'"),
+        ('sparsity: ["4:2"]', "sparsity is '4:2'"),
+        ("codebook_bits: 8", "8 is not one of 2, 3, 4, 5, 6, 7"),
+    ],
+)
+def test_other_sparsities_and_codebooks_are_named(tmp_path: Path, field: str, message: str) -> None:
+    with pytest.raises(SpaceError, match=message) as caught:
+        _space(tmp_path, f"rules: [{{weight_bits: 4, activation_bits: 8, {field}}}]")
+    assert "own.yaml:1" in str(caught.value) and "\n" not in str(caught.value)

@@ -64,6 +64,31 @@ def test_the_key_is_that_of_before_without_them() -> None:
     assert LayerChoice(4, 8).to_dict() == {"weight_bits": 4, "activation_bits": 8}
 
 
+@pytest.mark.parametrize("name", sorted(set(NETWORKS) - {"embedding"}))
+@pytest.mark.parametrize("activation_bits", [8, 32])
+def test_every_kind_of_network_can_be_sparse_and_clustered(name: str, activation_bits: int) -> None:
+    net = NETWORKS[name]()
+    choice = LayerChoice(4, activation_bits, codebook=True, sparsity=0.5)
+    layers = {x.name: choice for x in net.graph.layers}
+    for layer in net.graph.layers:
+        if layer.kind == "Gather":
+            layers[layer.name] = LayerChoice(4, 32, sparsity=0.5)
+    candidate = net.resolved(layers)
+    model = net.assemble(candidate)
+    outputs = net.run(model)
+    assert all(np.isfinite(y).all() for y in outputs)
+    data = model.SerializeToString(deterministic=True)
+    predicted = CostModel(net.graph, "onnxruntime", bank=net.bank).predict(candidate)
+    assert predicted.size_bytes == pytest.approx(len(data), rel=0.01, abs=70)
+    stored = compress(data)
+    assert decompress(stored) == data
+    assert predicted.stored_bytes == pytest.approx(len(stored), rel=0.25)  # files of a kilobyte
+    for layer in net.graph.layers:
+        stored = packed_weight(model, layer.name)
+        if stored is not None and layer.kind != "Gather":
+            assert (stored == 0).mean() >= 0.5 - 1 / stored.size
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 6])
 @pytest.mark.parametrize("sparsity", [0.0, 0.5])
 def test_a_codebook_runs_the_int8_kernel(bits: int, sparsity: float) -> None:

@@ -36,7 +36,7 @@ from autoquant.task import Array
 # A width is stored as planes of 4, 2 and 1 bits: they fill bytes without straddling them.
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
 
-ALGORITHM = 2  # of roundings and corrections: saved entries of another are not taken
+ALGORITHM = 3  # of roundings and corrections: saved entries of another are not taken
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,13 @@ class QuantizedWeight:
             return pack(self.values, self.bits)
         places = np.searchsorted(self.table, self.values)
         return pack(places.astype(np.int16) - 2 ** (self.bits - 1), self.bits)
+
+    @cached_property
+    def coded_bytes(self) -> int:
+        """What the integers take in an entropy code; see `coding.coded_bytes`."""
+        from autoquant.compress.coding import coded_bytes
+
+        return coded_bytes(self.values)
 
     @cached_property
     def half_scale(self) -> bool:
@@ -569,11 +576,14 @@ class _Operand:
         return replace(entry, error=_weighted_error(self.matrix, rounded, self.moments))
 
     def _saliency(self, matrix: Array, moments: Moments | None, rounding: Rounding) -> Array:
-        """What a weight does to the output: its square by the inverse Hessian's diagonal
-        (Hassibi & Stork 1993), as `SecondOrder` feeds errors on; else its size."""
+        """What a weight does to its output, in units of the channel's weights: its square by the
+        inverse Hessian's diagonal (Hassibi & Stork 1993), as `SecondOrder` feeds errors on; else
+        its square. Channels count alike: their scales are BatchNorm's as much as theirs."""
+        squares = matrix.astype(np.float64) ** 2
+        squares /= np.maximum(squares.mean(1, keepdims=True), 1e-30)
         if moments is None or not rounding.needs_moments:
-            return np.abs(matrix)
-        squared = moments.split(matrix.astype(np.float64) ** 2)
+            return squares
+        squared = moments.split(squares)
         groups = len(moments.mean)
         cost = np.empty((groups, 1, moments.mean.shape[1]))
         for group in range(groups):

@@ -2,7 +2,8 @@
 
 Weight integers, packed ones unpacked first, are coded layer by layer with canonical Huffman
 codes, as symbols or as gaps between values that are not zero, whichever is smaller (Deep
-Compression, Han et al. 2016, section 4); the rest of the file, and what does not gain, is LZMA.
+Compression, Han et al. 2016, section 4). The scale of an integer bias is not stored where it is the
+product of its layer's other two. The rest of the file, and what does not gain, is LZMA.
 
 The file: ``AQZ1``, SHA-256 of the ONNX file (32 bytes), length of the LZMA part (uint32), the
 LZMA part (index as JSON, a zero byte, the model without the coded tensors), the coded streams.
@@ -28,7 +29,7 @@ from autoquant.task import Array
 MAGIC = b"AQZ1"
 LONGEST = 16  # bits of a code
 _FAR = 255  # gap symbol: so many zeros, and no value
-_LEAST = 64  # weights below which a tensor stays in the LZMA part
+LEAST_CODED = 64  # weights below which a tensor stays in the LZMA part
 _FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
 
 
@@ -205,16 +206,36 @@ def _blobs(model: onnx.ModelProto) -> Iterator[tuple[list[TensorProto], int, lis
             tensor.data_type == TensorProto.INT8
             and tensor.HasField("raw_data")
             and tensor.name not in taken
-            and len(tensor.raw_data) >= _LEAST
+            and len(tensor.raw_data) >= LEAST_CODED
         ):
             yield [tensor], 8, [len(tensor.raw_data)]
+
+
+def _bias_scales(model: onnx.ModelProto) -> list[tuple[TensorProto, bytes]]:
+    """Scales of biases, and the products of the scales of their layers' inputs and weights."""
+    known = {tensor.name: tensor for tensor in model.graph.initializer}
+    scales = {
+        node.output[0]: known[node.input[1]]
+        for node in model.graph.node
+        if node.op_type == "DequantizeLinear" and node.input[1] in known
+    }
+    found: list[tuple[TensorProto, bytes]] = []
+    inputs: set[str] = set()
+    for node in model.graph.node:
+        first = [scales[name] for name in node.input[:3] if name in scales]
+        if len(first) == 3 and all(t.data_type == TensorProto.FLOAT for t in first):
+            x, weight = (np.frombuffer(t.raw_data, np.float32) for t in first[:2])
+            inputs.update(t.name for t in first[:2])
+            if len(x) == 1 and len(weight):
+                found.append((first[2], (weight * x).tobytes()))
+    return [(tensor, scale) for tensor, scale in found if tensor.name not in inputs]
 
 
 def _pieces(sizes: Sequence[int]) -> list[int]:
     """Sizes of what is coded by a table of its own: small parts go with the one before."""
     found: list[int] = []
     for size in sizes:
-        if found and size < _LEAST:
+        if found and size < LEAST_CODED:
             found[-1] += size
         else:
             found.append(size)
@@ -241,6 +262,9 @@ def compress(data: bytes) -> bytes:
             start += size
         index.append([[t.name for t in tensors], bits, forms])
         for tensor in tensors:
+            tensor.raw_data = b""
+    for tensor, scale in _bias_scales(model):
+        if tensor.raw_data == scale:
             tensor.raw_data = b""
     rest = model.SerializeToString(deterministic=True)
     found = _joined(data, index, rest, streams)
@@ -289,6 +313,9 @@ def _filled(rest: bytes, index: Sequence[Any], stream: _Stream) -> bytes:
         blobs = (values,) if bits == 8 else pack(values, bits)
         for name, blob in zip(names, blobs, strict=True):
             known[name].raw_data = blob.tobytes()
+    for tensor, scale in _bias_scales(model):
+        if not tensor.raw_data:
+            tensor.raw_data = scale
     return bytes(model.SerializeToString(deterministic=True))
 
 
@@ -304,3 +331,19 @@ def _parsed(data: bytes) -> onnx.ModelProto:
 def stored_bytes(model: bytes) -> int:
     """Size of an ONNX file's ``.aqz``."""
     return len(compress(model))
+
+
+def coded_bytes(values: Array) -> int:
+    """Bytes that integers of one tensor take in `compress`, its code tables left out."""
+    symbols = values.reshape(-1).astype(np.int16)
+    symbols -= symbols.min(initial=0)
+    counts = np.bincount(symbols, minlength=1)
+    gaps, rest = _gaps(symbols, int(counts.argmax()))
+    plain = _huffman_bytes(counts)
+    if not len(rest) or 2 * len(rest) >= len(symbols):
+        return plain
+    return min(plain, _huffman_bytes(np.bincount(gaps)) + _huffman_bytes(np.bincount(rest)))
+
+
+def _huffman_bytes(counts: Array) -> int:
+    return -(-int(code_lengths(counts).astype(np.int64) @ counts) // 8)

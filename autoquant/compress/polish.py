@@ -120,7 +120,8 @@ def _polished(
                 strict=True,
             ):
                 fit.add(*pair)
-            fitted[layer.name], entry = _refit(graph, layer, candidate, fit)
+            zeros = bank.get(layer, candidate.choice(layer.name)).values == 0
+            fitted[layer.name], entry = _refit(graph, layer, candidate, fit, zeros)
             polished.overrides[layer.name] = entry
             written = assemble(graph, candidate, calibration, polished, dialect)
         tuned = [x for x in changed if not polished.overrides[x.name].block]
@@ -140,6 +141,7 @@ def _changes(layer: Layer, candidate: Candidate, bank: Bank) -> bool:
     return (
         layer.kind in ("Conv", "Gemm", "MatMul")
         and choice.weight_bits <= 8
+        and not choice.codebook
         and not bank.is_shared(layer)
     )
 
@@ -200,13 +202,19 @@ def _values(model: onnx.ModelProto, tensor: str, feeds: Feeds, workers: int) -> 
 
 
 def _refit(
-    graph: Graph, layer: Layer, candidate: Candidate, fit: _Fit
+    graph: Graph, layer: Layer, candidate: Candidate, fit: _Fit, zeros: Array
 ) -> tuple[Array, QuantizedWeight]:
-    """The fitted weight before rounding, in the weight's own layout, and what it rounds to."""
+    """The fitted weight before rounding, in the weight's own layout, and what it rounds to.
+
+    ``zeros``: where the bank has them; those of a sparse layer stay.
+    """
     choice = candidate.choice(layer.name)
     weight, moments, mean, spread = fit.solve()
     rounding = ROUNDINGS["adaround" if choice.rounding == "adaround" else "second-order"]
-    values, scale = rounding(weight, choice.weight_bits, choice.granularity, moments)
+    kept = None
+    if choice.sparsity:
+        kept = np.moveaxis(~zeros, layer.channel_axis, 0).reshape(weight.shape)
+    values, scale = rounding(weight, choice.weight_bits, choice.granularity, moments, kept)
     block = block_size(choice.granularity)
     scale, shift = take_spread_and_mean(values, scale, moments, spread, mean, block)
     rows = np.moveaxis(graph.array(layer.weight), layer.channel_axis, 0)
@@ -312,10 +320,18 @@ def _straight(rounded: Any, value: Any) -> Any:
 class _Tuned:
     """One layer's integers, scales and bias as torch parameters."""
 
-    def __init__(self, graph: Graph, layer: Layer, entry: QuantizedWeight, fitted: Array) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        layer: Layer,
+        entry: QuantizedWeight,
+        fitted: Array,
+        is_sparse: bool = False,
+    ) -> None:
         import torch
 
         self.entry = entry
+        self.kept = torch.from_numpy((entry.values != 0) | (not is_sparse))
         self.low, self.high = integer_range(entry.bits)
         scale = broadcast_scale(entry.scale, entry.axis, entry.values.ndim)
         codes = entry.values.astype(np.float32)
@@ -330,14 +346,16 @@ class _Tuned:
 
     def weight(self) -> Any:
         """The float weight that the rounded integers stand for."""
-        return _straight(self.codes.round(), self.codes).clamp(self.low, self.high) * self.scale
+        codes = _straight(self.codes.round(), self.codes).clamp(self.low, self.high)
+        return codes * self.kept * self.scale
 
     def result(self) -> QuantizedWeight:
         """What is stored."""
-        codes = self.codes.detach().round().clamp(self.low, self.high).numpy().astype(np.int8)
+        codes = self.codes.detach().round().clamp(self.low, self.high) * self.kept
         scale = np.maximum(self.scale.detach().numpy().reshape(-1), np.float32(1e-12))
         shift = None if self.bias is None else self.bias.detach().numpy() - self.own
-        return replace(self.entry, values=codes, scale=scale, shift=shift)
+        values = codes.numpy().astype(np.int8)
+        return replace(self.entry, values=values, scale=scale, shift=shift)
 
 
 class _Tuning:
@@ -362,7 +380,14 @@ class _Tuning:
         self.graph, self.block, self.grids = graph, block, grids
         chosen = {layer.name: grids.candidate.choice(layer.name) for layer in block.layers}
         self.tuned = {
-            x.name: _Tuned(graph, x, bank.get(x, chosen[x.name]), fitted[x.name]) for x in layers
+            x.name: _Tuned(
+                graph,
+                x,
+                bank.get(x, chosen[x.name]),
+                fitted[x.name],
+                bool(chosen[x.name].sparsity),
+            )
+            for x in layers
         }
         self.weights: dict[str, Any] = {}
         self.biases: dict[str, Any] = {}

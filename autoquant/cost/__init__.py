@@ -57,20 +57,22 @@ class CostModel:
     def predict(self, candidate: Candidate) -> Cost:
         """The cost of a resolved candidate, for one sample (latency: one batch)."""
         where = plan(self.graph, candidate, self.dialect)
-        stored, weights = static.weight_bytes(self.graph, candidate)
+        packed, weights = static.weight_bytes(self.graph, candidate)
+        size, stored = self.file_size.predict(candidate, where)
         return Cost(
             latency_ms=None
             if self.latency is None
             else self.latency.latency_ms(self.graph, candidate, where),
-            size_bytes=self.file_size.predict(candidate, where),
-            weight_bytes=stored,
-            average_weight_bits=8 * stored / max(1, weights),
+            size_bytes=size,
+            weight_bytes=packed,
+            average_weight_bits=8 * packed / max(1, weights),
             macs=self.graph.macs,
             bops=static.bops(self.graph, candidate),
             peak_memory_bytes=static.peak_memory_bytes(self.graph, where),
             energy_mj=None
             if self.latency is None
             else self.latency.energy_mj(self.graph, candidate, where),
+            stored_bytes=stored,
         )
 
     def baseline(self) -> Cost:

@@ -302,15 +302,20 @@ class RooflineModel:
         elif choice is not None and choice.weight_bits < weight_bits:
             kept = [b for b in self.device.stored_weight_bits if b >= choice.weight_bits]
             weight_bits = min([*kept, weight_bits])
+        resting, speedup = float(weight_bits), 1.0
+        sparse = None if op.shape == "depthwise" else kernel.sparse  # one input has no pattern
+        if sparse is not None and choice is not None and choice.sparsity == sparse.pattern:
+            share_kept, places = sparse.share
+            resting, speedup = share_kept * weight_bits + places, sparse.speedup.value
         energy = 0.0 if kernel.pj_per_mac is None else kernel.pj_per_mac.value * macs * share
         near, far = self._moved(op.elements * width / 8 * self.batch)
-        busy = macs * share / kernel.rates.of(op.shape).value
+        busy = macs * share / speedup / kernel.rates.of(op.shape).value
         busy += op.outputs * self.batch * self.output_cycles
         return _Work(
             busy / self.cycles,
             near,
             far,
-            op.weights * weight_bits / 8,
+            op.weights * resting / 8,
             width,
             energy,
         )

@@ -16,6 +16,7 @@ Record = Mapping[str, Any]
 TITLES = {
     "latency_ms": "Latency",
     "size_bytes": "File size",
+    "stored_bytes": "Entropy-coded file",
     "weight_bytes": "Packed weights",
     "average_weight_bits": "Average weight bits",
     "macs": "MACs",

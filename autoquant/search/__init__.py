@@ -18,6 +18,7 @@ import numpy as np
 from autoquant.calibration import fixed_batch
 from autoquant.candidate import ACTIVATION_BITS, WEIGHT_BITS, Candidate, LayerChoice
 from autoquant.compress import Artifact
+from autoquant.compress.coding import stored_bytes
 from autoquant.compress.polish import is_tuned
 from autoquant.compress.qdq import INT8_KINDS
 from autoquant.cost.table import TableModel, to_profile
@@ -69,7 +70,13 @@ __all__ = ["Callback", "SearchSettings", "search"]
 
 POLISHED = 2  # members of the front that a search polishes, and one for each hundred trials
 OBJECTIVES = ("accuracy", "latency_ms", "size_bytes")
-_COST_LIMITS = ("max_size_bytes", "max_latency_ms", "max_energy_mj", "max_peak_memory_bytes")
+_COST_LIMITS = (
+    "max_size_bytes",
+    "max_latency_ms",
+    "max_energy_mj",
+    "max_peak_memory_bytes",
+    "max_stored_bytes",
+)
 _NOT_MEASURED = dict.fromkeys(("latency_ms", "latency_median_ms", "latency_spread_ms"))
 
 
@@ -106,6 +113,7 @@ class SearchSettings:
     max_drop: float | None = None
     max_energy_mj: float | None = None
     max_peak_memory_bytes: int | None = None
+    max_stored_bytes: int | None = None
     batch: int = 1
     threads: int = 1
     workers: int = 1
@@ -169,6 +177,7 @@ class SearchSettings:
             "max_drop": self.max_drop,
             "max_energy_mj": self.max_energy_mj,
             "max_peak_memory_bytes": self.max_peak_memory_bytes,
+            "max_stored_bytes": self.max_stored_bytes,
             "batch": self.batch,
             "threads": self.threads,
             "workers": self.workers,
@@ -260,6 +269,7 @@ def _searched(
                 settings.max_drop,
                 settings.max_energy_mj,
                 settings.max_peak_memory_bytes,
+                stored_bytes=settings.max_stored_bytes,
             ),
             batch=settings.batch,
             threads=settings.threads,
@@ -416,9 +426,11 @@ def first_candidates(
     if len(priors) > 1:
         tables = [(mean_of(priors), 10, 6), *((t, 5, 3) for t in list(priors.values())[:3])]
     for table, by_size, by_latency in tables:
-        budgets = {"size_bytes": by_size, "latency_ms": by_latency, "energy_mj": by_latency}
+        budgets = {"size_bytes": by_size, "stored_bytes": by_size}
+        budgets |= {"latency_ms": by_latency, "energy_mj": by_latency}
+        alone = len(objectives) == 2 and "stored_bytes" not in objectives
         for name, points in budgets.items():
-            if name in objectives or (name == "size_bytes" and len(objectives) == 2):
+            if name in objectives or (name == "size_bytes" and alone):
                 costs = context.additive_cost(name)
                 solved = curve(context.choices, table, costs, points, tied=context.tied)
                 found += [("solver", c) for c in solved]
@@ -584,8 +596,8 @@ def _why_none(name: str, results: Sequence[TrialResult]) -> str:
         return f"run {name!r}: no trial was finished"
     return (
         f"run {name!r}: none of {len(results)} trials satisfies the limits; "
-        "loosen --max-size-bytes, --max-latency-ms, --max-energy-mj, --max-peak-memory-bytes or "
-        "--max-drop, or widen the space"
+        "loosen --max-size-bytes, --max-latency-ms, --max-energy-mj, --max-peak-memory-bytes, "
+        "--max-stored-bytes or --max-drop, or widen the space"
     )
 
 
@@ -659,8 +671,10 @@ def _verify(
 
     ``baseline`` gets what the float network measures and, under ``uniform_int8``, what all
     layers at 8/8 do: test score, size, latency in the same rounds. The latency of an analytic
-    device stays null: this machine's would be another device's.
+    device stays null: this machine's would be another device's. Where ``stored_bytes`` is asked
+    for, the file is entropy-coded and its size is a figure of the member.
     """
+    is_coded = "stored_bytes" in settings.objectives or settings.max_stored_bytes is not None
     here = context.hardware.latency == "measured"
     runtime = RUNTIMES[context.hardware.runtime]()
     hashes = {r.trial: r.sha256 for r in results}
@@ -678,7 +692,7 @@ def _verify(
         with contextlib.suppress(HardwareError):  # a space without int8: its kernels were not timed
             beside["predicted_latency_ms"] = context.predict(int8).latency_ms
         baseline["uniform_int8"] = beside
-    scores = {}
+    scores: dict[int, dict[str, Any]] = {}
     for member in members:
         path = folder / "artifacts" / f"{member.trial}.onnx"
         artifact = _kept(path, member, hashes[member.trial])
@@ -696,7 +710,9 @@ def _verify(
         found = member.searched
         if test is not None:
             found = test.score(runtime.open(artifact.model))
-        scores[member.trial] = found
+        scores[member.trial] = found.to_dict()
+        if is_coded:
+            scores[member.trial]["stored_bytes"] = stored_bytes(artifact.model)
     times: dict[str, Mapping[str, Any]] = {}
     if here:
         inputs = latency_inputs(task, context.graph, settings.batch)
@@ -709,7 +725,7 @@ def _verify(
         replace(
             member,
             verified={
-                **scores[member.trial].to_dict(),
+                **scores[member.trial],
                 **times.get(str(member.trial), _NOT_MEASURED),
             },
             artifact=f"artifacts/{member.trial}.onnx",

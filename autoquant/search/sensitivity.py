@@ -428,21 +428,25 @@ def _input_error(context: Context, tensor: str, choice: LayerChoice) -> float:
 
 
 def monotone(choices: Sequence[LayerChoice], values: Sequence[float]) -> tuple[float, ...]:
-    """Fewer bits never look better: running maximum from the widest choice down.
+    """Fewer bits or zeros never look better: running maximum from the widest choice down.
 
-    Choices of equal bits keep values of their own, and so does each rounding.
+    Choices of equal bits and zeros keep values of their own, and so does each rounding.
     """
     result = list(values)
     for i, low in enumerate(choices):
         for j, high in enumerate(choices):
             wider = (
-                high.weight_bits >= low.weight_bits and high.activation_bits >= low.activation_bits
+                high.weight_bits >= low.weight_bits
+                and high.activation_bits >= low.activation_bits
+                and (not high.sparsity or high.sparsity == low.sparsity)
             )
-            same = (high.weight_bits, high.activation_bits) == (
+            same = (high.weight_bits, high.activation_bits, high.sparsity) == (
                 low.weight_bits,
                 low.activation_bits,
+                low.sparsity,
             )
-            if wider and not same and high.rounding == low.rounding:
+            alike = (high.rounding, high.codebook) == (low.rounding, low.codebook)
+            if wider and not same and alike:
                 result[i] = max(result[i], values[j])
     return tuple(result)
 

@@ -68,12 +68,14 @@ def moved(
 
 
 def _nearest(choice: LayerChoice, offered: Sequence[LayerChoice]) -> LayerChoice:
-    """By weight bits, then activation bits, then everything else; of two the wider."""
+    """By weight bits, activation bits, codebook and zeros, then the rest; of two the wider."""
 
-    def distance(other: LayerChoice) -> tuple[int, ...]:
+    def distance(other: LayerChoice) -> tuple[float, ...]:
         return (
             abs(other.weight_bits - choice.weight_bits),
             abs(other.activation_bits - choice.activation_bits),
+            other.codebook != choice.codebook,
+            abs(other.stored_bits - choice.stored_bits),
             sum(getattr(other, f.name) != getattr(choice, f.name) for f in fields(choice)),
             -other.weight_bits,
             -other.activation_bits,

@@ -35,7 +35,14 @@ if TYPE_CHECKING:
 SAMPLERS = ("surrogate", "tpe", "nsga2", "random")
 SIGNALS = ("divergence", "metric")
 NEAR = 1.05  # a pick's cost relative to that of a trial that may replace it, at most
-_ADDITIVE = ("size_bytes", "weight_bytes", "average_weight_bits", "latency_ms", "bops")
+_ADDITIVE = (
+    "size_bytes",
+    "weight_bytes",
+    "average_weight_bits",
+    "latency_ms",
+    "bops",
+    "stored_bytes",
+)
 _PATIENCE = 200  # proposals in a row without a new candidate before the space counts as done
 
 

@@ -20,6 +20,7 @@ from autoquant.compress.bank import Bank
 from autoquant.compress.equalize import cross_layer_equalization, smooth, smoothed_tensors
 from autoquant.compress.lower import lower
 from autoquant.compress.prune import Evidence
+from autoquant.compress.qat import starting
 from autoquant.compress.qdq import mode, refusal, resolve
 from autoquant.compress.rounding import ROUNDINGS
 from autoquant.compress.structure import Structured
@@ -59,12 +60,13 @@ class Limits:
     drop: float | None = None
     energy_mj: float | None = None
     peak_memory_bytes: int | None = None
+    stored_bytes: int | None = None
     room: tuple[int, bool] | None = None
 
     def excess(self, predicted: Cost, drop: float | None) -> dict[str, float]:
         """Limit → how far it is passed (relative for costs; at most 0 is feasible)."""
         found = {}
-        for name in ("size_bytes", "latency_ms", "energy_mj", "peak_memory_bytes"):
+        for name in ("size_bytes", "latency_ms", "energy_mj", "peak_memory_bytes", "stored_bytes"):
             limit, value = getattr(self, name), getattr(predicted, name)
             if limit is not None and value is not None:
                 found[name] = value / limit - 1
@@ -198,8 +200,8 @@ class Context:
 
     def additive_cost(self, name: str) -> dict[str, tuple[float, ...]]:
         """What each choice of each layer adds to a cost, taken alone: its weights' bytes (with
-        the scales of blocks), its ``bops``, or for ``latency_ms`` and ``energy_mj`` its
-        kernel's (0 where no model knows)."""
+        the scales of blocks, or in the entropy code for ``stored_bytes``), its ``bops``, or for
+        ``latency_ms`` and ``energy_mj`` its kernel's (0 where no model knows)."""
         found = {}
         for layer, choices in self.choices.items():
             node = self.graph.by_name[layer]
@@ -208,6 +210,8 @@ class Context:
                 found[layer] = tuple(
                     float(node.macs * c.weight_bits * c.activation_bits) for c in choices
                 )
+            elif name == "stored_bytes":
+                found[layer] = tuple(self.cost.file_size.coded_bytes(node, c) for c in choices)
             elif name not in ("latency_ms", "energy_mj"):
                 found[layer] = tuple(
                     c.weight_bits * node.parameters / 8 + block_scale_bytes(node, c)
@@ -283,6 +287,8 @@ def prepare(
     )
     bank = Bank(graph, settings.rounding, calibration)
     needed = [(graph.by_name[name], c) for name, found in choices.items() for c in found]
+    if task.train is not None:
+        needed += [(layer, starting(c)) for layer, c in needed if c.sparsity]
     _fill(bank, needed, workers, cache, say)
     evidence = None
     if is_structural:
