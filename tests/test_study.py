@@ -559,6 +559,21 @@ def test_a_crash_while_several_trials_run_loses_none(small: Context, tmp_path: P
     assert len(set(keys(study.results))) == len(study.results) == 12
 
 
+def test_a_resumed_study_predicts_no_old_trial_again(
+    small: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_study(small, tmp_path, trials=8).run(Fake(small), [])
+    again = open_study(small, tmp_path, resume=True, trials=12)
+
+    def refuse(context: Context, candidate: Candidate) -> Any:
+        raise AssertionError(candidate)
+
+    monkeypatch.setattr(Context, "predict", refuse)
+    assert len(again.results) == 8
+    for result in again.results:
+        assert again._cost(result.candidate) == result.predicted
+
+
 def test_a_damaged_line_in_the_middle_is_an_error(small: Context, tmp_path: Path) -> None:
     open_study(small, tmp_path, trials=3).run(Fake(small), [])
     path = tmp_path / "trials.jsonl"

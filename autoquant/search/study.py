@@ -164,7 +164,11 @@ class Study:
         self.full: str | None = None  # the disk is: what could not be written
         self.new = 0  # trials of this session, from here
         self.still = 0  # trials since the front changed
-        self.costs: dict[str, Cost] = {}
+        self.costs = {  # of a thousand old trials they would take seconds to predict again
+            r.candidate.key: r.predicted
+            for r in self.results
+            if r.predicted is not None and not r.candidate.is_structural
+        }
         self.end: float | None = None  # when the time for trials is up; set by the first `run`
         self.random = random.Random(settings.seed + len(self.results))
         self.storage, self.sync = open_storage(settings.storage, settings.folder, say)
