@@ -3,7 +3,7 @@
     AUTOQUANT_DATA=… python benchmarks/openvino_cpu.py [--network resnet20] [--environments DIR]
 
 DIR/nncf is the environment of `benchmarks/peers.py --setup DIR`; without it NNCF's row is left
-out. The front of each profile (`openvino-cpu`, `openvino-cpu-bf16`) is searched and verified by
+out, and what it made is kept in DIR. The front of each profile (`openvino-cpu`, `openvino-cpu-bf16`) is searched and verified by
 `autoquant.search`; then float, all layers at 8/8, NNCF's model (its defaults, the same calibration
 inputs one at a time) and the members are timed side by side in one process, batch 1, one thread,
 and scored on the test split, each in the runtime that it is for. Nothing else should run meanwhile.
@@ -58,14 +58,14 @@ def evaluate(name: str, trials: int, environments: Path | None) -> dict[str, Any
     add("float, bf16", "openvino-bf16", network.float_model)
     with tempfile.TemporaryDirectory() as folder:
         if environments is not None:
-            data = network.write(Path(folder) / "data")
+            data = network.write(environments / "data" / name)
             job = {
                 "model": str(data / "float.onnx"),
                 "data": str(data),
                 "backend": "openvino",
                 "transformer": False,
             }
-            place = Path(folder) / "nncf"
+            place = environments / "made" / name
             made = run_job(environments / "nncf" / "bin" / "python", "nncf_run.py", place, job)
             size = sum((place / x).stat().st_size for x in ("model.xml", "model.bin"))
             add(
