@@ -3,10 +3,11 @@
     AUTOQUANT_DATA=… python benchmarks/openvino_cpu.py [--network resnet20] [--environments DIR]
 
 DIR/nncf is the environment of `benchmarks/peers.py --setup DIR`; without it NNCF's row is left
-out, and what it made is kept in DIR. The front of each profile (`openvino-cpu`, `openvino-cpu-bf16`) is searched and verified by
-`autoquant.search`; then float, all layers at 8/8, NNCF's model (its defaults, the same calibration
-inputs one at a time) and the members are timed side by side in one process, batch 1, one thread,
-and scored on the test split, each in the runtime that it is for. Nothing else should run meanwhile.
+out, and what it made is kept in DIR. The front of each profile (`openvino-cpu`,
+`openvino-cpu-bf16`) is searched and verified by `autoquant.search`; then float, all layers at 8/8,
+NNCF's model (its defaults, the same calibration inputs one at a time) and the members are timed
+side by side in one process, batch 1, one thread, and scored on the test split, each in the runtime
+that it is for. Nothing else should run meanwhile.
 """
 
 from __future__ import annotations
