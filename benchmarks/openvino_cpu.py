@@ -17,6 +17,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,9 @@ PROFILES = ("openvino-cpu", "openvino-cpu-bf16")
 WITHIN = 0.01  # of float's accuracy: what may be given up for the fastest member
 
 
-def evaluate(name: str, trials: int, environments: Path | None) -> dict[str, Any]:
+def evaluate(
+    name: str, trials: int, environments: Path | None, profiles: Sequence[str]
+) -> dict[str, Any]:
     """All figures of one network."""
     network = Network(name)
     inputs = latency_inputs(network.task, network.graph, 1)
@@ -76,7 +79,7 @@ def evaluate(name: str, trials: int, environments: Path | None) -> dict[str, Any
                 size_bytes=size,
             )
         searches = {}
-        for profile in PROFILES:
+        for profile in profiles:
             start = time.perf_counter()
             settings = SearchSettings(
                 space="int8",
@@ -121,14 +124,14 @@ def evaluate(name: str, trials: int, environments: Path | None) -> dict[str, Any
         rows[label]["latency_ms"] = round(found.latency_ms, 4)
         rows[label]["latency_median_ms"] = round(found.latency_median_ms, 4)
         rows[label]["latency_spread_ms"] = round(found.latency_spread_ms, 4)
-    return {"searches": searches, "rows": rows, "fastest": fastest(rows)}
+    return {"searches": searches, "rows": rows, "fastest": fastest(rows, profiles)}
 
 
-def fastest(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def fastest(rows: dict[str, dict[str, Any]], profiles: Sequence[str]) -> dict[str, Any]:
     """For each profile the fastest member within a point of float, chosen on validation, and how
     often as fast the others are (above 1: it is faster)."""
     found = {}
-    for profile in PROFILES:
+    for profile in profiles:
         members = {k: r for k, r in rows.items() if k.startswith(f"{profile}, ")}
         best = max(r["validation"] for r in members.values())
         good = {k: r for k, r in members.items() if best - r["validation"] <= WITHIN}
@@ -152,9 +155,10 @@ def main() -> None:
     parser.add_argument("--network", default="resnet20")
     parser.add_argument("--trials", type=int, default=40)
     parser.add_argument("--environments", type=Path)
+    parser.add_argument("--profiles", nargs="+", choices=PROFILES, default=PROFILES)
     parser.add_argument("--no-record", action="store_true")
     given = parser.parse_args()
-    found = evaluate(given.network, given.trials, given.environments)
+    found = evaluate(given.network, given.trials, given.environments, given.profiles)
     for label, row in found["rows"].items():
         print(f"{label:32} {row['latency_ms']:8.4f} ms  test {row['test']:.4f}", flush=True)
     print(json.dumps(found["fastest"], indent=1))
