@@ -3,10 +3,11 @@
     AUTOQUANT_DATA=… python benchmarks/openvino_cpu.py [--network resnet20] [--environments DIR]
 
 DIR/nncf is the environment of `benchmarks/peers.py --setup DIR`; without it NNCF's row is left
-out. The front of each profile (`openvino-cpu`, `openvino-cpu-bf16`) is searched and verified by
-`autoquant.search`; then float, all layers at 8/8, NNCF's model (its defaults, the same calibration
-inputs one at a time) and the members are timed side by side in one process, batch 1, one thread,
-and scored on the test split, each in the runtime that it is for. Nothing else should run meanwhile.
+out, and what it made is kept in DIR. The front of each profile (`openvino-cpu`,
+`openvino-cpu-bf16`) is searched and verified by `autoquant.search`; then float, all layers at 8/8,
+NNCF's model (its defaults, the same calibration inputs one at a time) and the members are timed
+side by side in one process, batch 1, one thread, and scored on the test split, each in the runtime
+that it is for. Nothing else should run meanwhile.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,9 @@ PROFILES = ("openvino-cpu", "openvino-cpu-bf16")
 WITHIN = 0.01  # of float's accuracy: what may be given up for the fastest member
 
 
-def evaluate(name: str, trials: int, environments: Path | None) -> dict[str, Any]:
+def evaluate(
+    name: str, trials: int, environments: Path | None, profiles: Sequence[str]
+) -> dict[str, Any]:
     """All figures of one network."""
     network = Network(name)
     inputs = latency_inputs(network.task, network.graph, 1)
@@ -58,14 +62,14 @@ def evaluate(name: str, trials: int, environments: Path | None) -> dict[str, Any
     add("float, bf16", "openvino-bf16", network.float_model)
     with tempfile.TemporaryDirectory() as folder:
         if environments is not None:
-            data = network.write(Path(folder) / "data")
+            data = network.write(environments / "data" / name)
             job = {
                 "model": str(data / "float.onnx"),
                 "data": str(data),
                 "backend": "openvino",
                 "transformer": False,
             }
-            place = Path(folder) / "nncf"
+            place = environments / "made" / name
             made = run_job(environments / "nncf" / "bin" / "python", "nncf_run.py", place, job)
             size = sum((place / x).stat().st_size for x in ("model.xml", "model.bin"))
             add(
@@ -75,7 +79,7 @@ def evaluate(name: str, trials: int, environments: Path | None) -> dict[str, Any
                 size_bytes=size,
             )
         searches = {}
-        for profile in PROFILES:
+        for profile in profiles:
             start = time.perf_counter()
             settings = SearchSettings(
                 space="int8",
@@ -120,14 +124,14 @@ def evaluate(name: str, trials: int, environments: Path | None) -> dict[str, Any
         rows[label]["latency_ms"] = round(found.latency_ms, 4)
         rows[label]["latency_median_ms"] = round(found.latency_median_ms, 4)
         rows[label]["latency_spread_ms"] = round(found.latency_spread_ms, 4)
-    return {"searches": searches, "rows": rows, "fastest": fastest(rows)}
+    return {"searches": searches, "rows": rows, "fastest": fastest(rows, profiles)}
 
 
-def fastest(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def fastest(rows: dict[str, dict[str, Any]], profiles: Sequence[str]) -> dict[str, Any]:
     """For each profile the fastest member within a point of float, chosen on validation, and how
     often as fast the others are (above 1: it is faster)."""
     found = {}
-    for profile in PROFILES:
+    for profile in profiles:
         members = {k: r for k, r in rows.items() if k.startswith(f"{profile}, ")}
         best = max(r["validation"] for r in members.values())
         good = {k: r for k, r in members.items() if best - r["validation"] <= WITHIN}
@@ -151,9 +155,10 @@ def main() -> None:
     parser.add_argument("--network", default="resnet20")
     parser.add_argument("--trials", type=int, default=40)
     parser.add_argument("--environments", type=Path)
+    parser.add_argument("--profiles", nargs="+", choices=PROFILES, default=PROFILES)
     parser.add_argument("--no-record", action="store_true")
     given = parser.parse_args()
-    found = evaluate(given.network, given.trials, given.environments)
+    found = evaluate(given.network, given.trials, given.environments, given.profiles)
     for label, row in found["rows"].items():
         print(f"{label:32} {row['latency_ms']:8.4f} ms  test {row['test']:.4f}", flush=True)
     print(json.dumps(found["fastest"], indent=1))
