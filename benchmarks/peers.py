@@ -569,10 +569,11 @@ def network_table(name: str, document: Row) -> list[str]:
     if any(map(miscomputed, rows)):
         lines += [
             "",
-            "† OpenVINO's CPU plugin computes this network's int8 files wrongly here, NNCF's ONNX "
-            "file and ours among them, though onnxruntime runs those two rightly. The row says "
-            "nothing of NNCF, is left out below, and the int8 latencies in OpenVINO are those of "
-            "wrong answers.",
+            "† OpenVINO's CPU plugin computed this network's int8 files wrongly in this run, "
+            "NNCF's ONNX file and ours among them, though onnxruntime runs those two rightly (on "
+            "processors with VNNI it was right since: see deploying.md). The row says nothing of "
+            "NNCF, is left out below, and the int8 latencies in OpenVINO are those of wrong "
+            "answers.",
         ]
     return [*lines, ""]
 
