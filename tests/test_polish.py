@@ -181,6 +181,6 @@ def test_polishing_keeps_zeros_and_codebooks(context: Context) -> None:
     bank = polish(graph, found, context.calibration, context.bank, context.inputs, "onnxruntime", 1)
     kept = context.bank.get(graph.by_name["first"], sparse)
     assert not bank.overrides["first"].values[kept.values == 0].any()
-    assert (bank.overrides["first"].values != kept.values).any()
+    assert (bank.overrides["first"].scale != kept.scale).any()  # fitted anew all the same
     assert "second" not in bank.overrides and "head" in bank.overrides
     assert len(context.compress(candidate).model)
