@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import secrets
-import shutil
 import subprocess
 import sys
 import time
@@ -18,6 +16,7 @@ from typing import Any
 import pytest
 import ray
 import yaml
+from conftest import small_disk
 from ray._private.authentication_test_utils import reset_auth_token_state
 from ray.cluster_utils import Cluster
 from small_task import SPACE, profile, settings, uniform, write_task_file
@@ -425,14 +424,8 @@ def test_a_trial_that_passes_its_memory_is_ended(
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 40 MB for runs."""
-    folder = tmp_path / "runs"
-    folder.mkdir()
-    mount = shutil.which("mount")
-    options = ["-t", "tmpfs", "-o", "size=40m", "tmpfs", str(folder)]
-    if mount is None or subprocess.run([mount, *options], capture_output=True).returncode:
-        pytest.skip("needs the right to mount a small disk")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with small_disk(tmp_path / "runs", "40m") as folder:
+        yield folder
 
 
 def command(folder: Path, spec: str, *more: str) -> list[str]:
@@ -457,9 +450,12 @@ def test_a_full_disk_stops_the_search_with_its_front(disk: Path, spec: str, tmp_
     driver = started(tmp_path, *command(tmp_path, spec))
     until(driver, tmp_path, 5)
     with (disk / "filler").open("wb", buffering=0) as file:
+        size = 1 << 20  # most of it at once, before the search is through
         while (disk / "one" / RESERVE).exists():  # until the search gives up its reserve
-            with contextlib.suppress(OSError):
-                file.write(bytes(1 << 12))
+            try:
+                file.write(bytes(size))
+            except OSError:
+                size = 1 << 12
     code = driver.wait()
     text = (tmp_path / "log").read_text()
     assert "No space left on device" in text and "make room and go on with --resume" in text
