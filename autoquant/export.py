@@ -900,10 +900,9 @@ def _weight_problems(weight: Array, choice: LayerChoice) -> list[str]:
         if count > 2**choice.weight_bits:
             return [f"{count} different weights, the codebook has {2**choice.weight_bits}"]
         pattern = parse_sparsity(choice.sparsity)
-        share = 1 - pattern[0] / pattern[1] if isinstance(pattern, tuple) else pattern
         zeros = 1 - np.count_nonzero(weight) / weight.size
-        if not isinstance(pattern, tuple) and zeros < share - 0.5 / weight.size - 1e-9:
-            return [f"{zeros:.1%} of the weights are zero, not {share:.1%}"]
+        if isinstance(pattern, float) and zeros < pattern - 0.5 / weight.size - 1e-9:
+            return [f"{zeros:.1%} of the weights are zero, not {pattern:.1%}"]
         if weight.min() < low or weight.max() > high:
             return [
                 f"weights go from {weight.min()} to {weight.max()}, "

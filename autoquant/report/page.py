@@ -41,7 +41,7 @@ from autoquant.report.text import (
     member_rows,
     metric_of,
     quantity,
-    reference_rows,
+    rows_of,
     split_of,
     structure_words,
 )
@@ -352,9 +352,9 @@ def _members_html(front: Record, names: Sequence[str]) -> str:
     ]
     words = ("layers (weight/activation bits)", "export")
     rows = []
-    rows_before = reference_rows(front)
-    members: list[Record | None] = [*[None] * len(rows_before), *front["members"]]
-    for member, row in zip(members, [*rows_before, *member_rows(front)], strict=True):
+    every = rows_of(front)
+    beside = len(every) - len(front["members"])  # networks to compare with
+    for member, row in zip([*[None] * beside, *front["members"]], every, strict=True):
         figures = (member or {}).get("predicted") or {}
         if row["trial"] == "float":
             figures = front["baseline"]

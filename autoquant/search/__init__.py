@@ -53,6 +53,7 @@ from autoquant.search.study import (
     uniform_candidates,
 )
 from autoquant.search.trial import (
+    COST_LIMITS,
     Context,
     Limits,
     evaluator_for,
@@ -70,13 +71,7 @@ __all__ = ["Callback", "SearchSettings", "search"]
 
 POLISHED = 2  # members of the front that a search polishes, and one for each hundred trials
 OBJECTIVES = ("accuracy", "latency_ms", "size_bytes")
-_COST_LIMITS = (
-    "max_size_bytes",
-    "max_latency_ms",
-    "max_energy_mj",
-    "max_peak_memory_bytes",
-    "max_stored_bytes",
-)
+_COST_LIMITS = tuple(f"max_{name}" for name in COST_LIMITS)
 _NOT_MEASURED = dict.fromkeys(("latency_ms", "latency_median_ms", "latency_spread_ms"))
 
 
@@ -594,10 +589,10 @@ def _why_none(name: str, results: Sequence[TrialResult]) -> str:
         return f"run {name!r}: all {len(results)} trials failed, the last with: {failed[-1].error}"
     if not results:
         return f"run {name!r}: no trial was finished"
+    options = ", ".join(f"--{limit.replace('_', '-')}" for limit in _COST_LIMITS)
     return (
         f"run {name!r}: none of {len(results)} trials satisfies the limits; "
-        "loosen --max-size-bytes, --max-latency-ms, --max-energy-mj, --max-peak-memory-bytes, "
-        "--max-stored-bytes or --max-drop, or widen the space"
+        f"loosen {options} or --max-drop, or widen the space"
     )
 
 
@@ -679,13 +674,13 @@ def _verify(
     runtime = RUNTIMES[context.hardware.runtime]()
     hashes = {r.trial: r.sha256 for r in results}
     test = _test_evaluator(task, context)
+    original = float_model(context.original)
     if test is not None:
-        session = OnnxRuntime().open(float_model(context.original))
-        baseline["test_accuracy"] = test.set_reference(session).value
-    baseline_model = float_model(context.original)
-    int8 = _uniform_int8(context)
-    models = {"float": baseline_model, "int8": context.compress(int8).model} if here else {}
+        baseline["test_accuracy"] = test.set_reference(OnnxRuntime().open(original)).value
+    models: dict[str, bytes] = {}
     if here:
+        int8 = _uniform_int8(context)
+        models = {"float": original, "int8": context.compress(int8).model}
         beside: dict[str, Any] = {"size_bytes": len(models["int8"]), "predicted_latency_ms": None}
         if test is not None:
             beside |= test.score(runtime.open(models["int8"])).to_dict()

@@ -48,6 +48,10 @@ def silent(_: str) -> None:
     """A `Say` that says nothing."""
 
 
+# figures of a predicted cost that can have an upper bound
+COST_LIMITS = ("size_bytes", "latency_ms", "energy_mj", "peak_memory_bytes", "stored_bytes")
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Upper bounds; None is no bound. ``drop`` is in the metric's units, on validation.
@@ -66,7 +70,7 @@ class Limits:
     def excess(self, predicted: Cost, drop: float | None) -> dict[str, float]:
         """Limit → how far it is passed (relative for costs; at most 0 is feasible)."""
         found = {}
-        for name in ("size_bytes", "latency_ms", "energy_mj", "peak_memory_bytes", "stored_bytes"):
+        for name in COST_LIMITS:
             limit, value = getattr(self, name), getattr(predicted, name)
             if limit is not None and value is not None:
                 found[name] = value / limit - 1
