@@ -128,6 +128,8 @@ class OnnxRuntime:
         for key, value in SESSION_CONFIG.items():
             options.add_session_config_entry(key, value)
         options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+        # Or a session's threads would go on spinning on the cores that the next one is timed on.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         if not optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         if profile is not None:

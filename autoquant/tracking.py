@@ -585,8 +585,8 @@ def _quiet_mlflow() -> None:
         os.environ.setdefault(name, value)
     import mlflow.tracking  # noqa: F401
 
-    # It announces the making of tables.
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    # It announces the making of tables, and prints a traceback for an error that `_give_up` reports.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 
 def _search_all(client: MlflowClient, experiment: str, parent: str) -> Iterator[Any]:
