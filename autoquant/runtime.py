@@ -129,7 +129,9 @@ class OnnxRuntime:
             options.add_session_config_entry(key, value)
         options.add_session_config_entry("session.intra_op.allow_spinning", "1")
         # Or a session's threads would go on spinning on the cores that the next one is timed on.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
+        # A traced session is alone, and its first kernel should not wait for threads to wake.
+        stop = "1" if profile is None else "0"
+        options.add_session_config_entry("session.force_spinning_stop", stop)
         if not optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         if profile is not None:
