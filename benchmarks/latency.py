@@ -62,7 +62,8 @@ def evaluate(setting: str) -> dict[str, Any]:
         inputs,
         dialect=dialect,
         threads=int(threads),
-        held_out=MIXES * 2 if len(graph.layers) > 15 else MIXES * 4,  # the fit has some, some repeat
+        # The fit has some, and some are drawn twice.
+        held_out=MIXES + 20 if len(graph.layers) > 15 else MIXES * 4,
     )
     guess, actual = np.array(model.checks[:MIXES]).T
     eight = resolve(graph, Candidate({x.name: LayerChoice(8, 8) for x in graph.layers[::2]}))
