@@ -411,7 +411,8 @@ def behind(name: str, found: Mapping[str, object]) -> list[str]:
             mine, theirs = ours[count][kind], counts[count][kind]
             if mine["mean"] < theirs["mean"]:
                 said.append(
-                    f"{name} after {count}: default {mine['mean']:.3f} (range {mine['spread']:.3f}), "
+                    f"{name} after {count}: default {mine['mean']:.3f} "
+                    f"(range {mine['spread']:.3f}), "
                     f"{other} {theirs['mean']:.3f} ({theirs['spread']:.3f})"
                 )
     cold = rows.get("tpe-cold", {})
