@@ -147,4 +147,7 @@ def _openvino() -> Any:
         import openvino
     except ImportError:
         raise ModelError("OpenVINO is not installed: pip install 'autoquant[openvino]'") from None
+    # Its binding sets itself up at the first array, and two threads that get there at once can
+    # wait for each other for good (seen with 2026.4.1).
+    openvino.Tensor(np.zeros(1, np.float32), shared_memory=True)
     return openvino

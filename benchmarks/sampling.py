@@ -13,8 +13,10 @@ what a sampler proposes replaces a candidate at about its cost only if the secon
 After 25, 50, 100 and 200 trials: the hypervolume on validation and, of the same members, on the
 test split (reference point: float's accuracy less five points there, half the bytes of 8-bit
 weights; 1 is float's accuracy at no bytes), and the accuracy at no more than 2.5, 3 and 4 average
-bits of the member that is best on validation, there and on the test split. The test split is read
-for the report alone. Scores are kept by candidate in a temporary folder, so that configurations
+bits of the member that is best on validation, there and on the test split. ``curse``: how much
+larger the members' drops are on the test split than on validation, in the mean (winner's curse);
+``curse_error``: the mean standard error of a drop on validation. The test split is read for the
+report alone. Scores are kept by candidate in a temporary folder, so that configurations
 share them, and a run of some configurations keeps the record's others. Then the same on a made-up
 problem of 60 layers whose prior is wrong and whose layers interact. Needs AUTOQUANT_DATA for the
 networks.
@@ -47,6 +49,7 @@ from autoquant.search.trial import Pick, closer_pick, evaluator_for, float_model
 
 AFTER = (25, 50, 100, 200)
 BITS = (2.5, 3.0, 4.0)
+SPLITS = ("validation", "test")
 CONFIGURATIONS = (
     "default", "default-metric", "default-no-prior", "solver",
     "tpe-warm", "tpe-cold", "nsga2-warm", "nsga2-cold", "random-warm", "random-cold",
@@ -95,6 +98,7 @@ class Problem:
             evaluator = self.context.evaluator if split == "validation" else self.test
             score = evaluator.score(session)
             found = {"accuracy": score.value, "divergence": score.divergence}
+            found |= {"drop": score.drop, "error": score.drop_standard_error}
             if split == "validation":
                 found["second"] = self.context.second(session)
             path.write_text(json.dumps(found))
@@ -207,7 +211,13 @@ def figures(problem: Problem, found: Sequence[Candidate]) -> dict[str, object]:
         tested.append((-points[best, 0], test))
     front = np.flatnonzero(nondominated(points))
     result["members"] = len(front)
-    tests = np.array([[-problem.score(found[i], "test")["accuracy"], points[i, 1]] for i in front])
+    chosen, tested_too = ([problem.score(found[i], x) for i in front] for x in SPLITS)
+    tests = np.array(
+        [[-t["accuracy"], points[i, 1]] for t, i in zip(tested_too, front, strict=True)]
+    )
+    gaps = [t["drop"] - v["drop"] for v, t in zip(chosen, tested_too, strict=True)]
+    result["curse"] = float(np.mean(gaps))
+    result["curse_error"] = float(np.mean([v["error"] for v in chosen]))
     result["test_hypervolume"] = hypervolume(tests, corner - [problem.gap, 0]) / box
     return result
 
@@ -251,9 +261,12 @@ def network(name: str, options: argparse.Namespace, folder: Path) -> dict[str, o
                         ),
                     )
                     for bits in BITS
-                    for split in ("validation", "test")
+                    for split in SPLITS
                 },
-                "members": summary(found, lambda r: r["members"]),
+                **{
+                    name: summary(found, lambda r, name=name: r[name])
+                    for name in ("members", "curse", "curse_error")
+                },
             }
             for count, found in rows.items()
         }
