@@ -585,7 +585,7 @@ def _quiet_mlflow() -> None:
         os.environ.setdefault(name, value)
     import mlflow.tracking  # noqa: F401
 
-    # It announces the making of tables, and prints a traceback for an error that `_give_up` reports.
+    # It announces the making of tables, and prints a traceback where `_give_up` says it all.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 
