@@ -114,7 +114,12 @@ class Simulated:
         return time.perf_counter() - self.start - self.made
 
     def submit(
-        self, candidate: Candidate, trial: int, seed: int, against: Against | None = None
+        self,
+        candidate: Candidate,
+        trial: int,
+        seed: int,
+        against: Against | None = None,
+        save: Path | None = None,
     ) -> None:
         took = self.seconds * self.random.lognormvariate(-0.125, 0.5)  # its mean is `seconds`
         now = self.now()
@@ -250,10 +255,15 @@ class Whole(RayExecutor):
     """Trials are compared with nothing, so that all of them take their whole time."""
 
     def submit(
-        self, candidate: Candidate, trial: int, seed: int, against: Against | None = None
+        self,
+        candidate: Candidate,
+        trial: int,
+        seed: int,
+        against: Against | None = None,
+        save: Path | None = None,
     ) -> None:
         origin = "sampler" if against is None else against.origin
-        super().submit(candidate, trial, seed, Against(origin))
+        super().submit(candidate, trial, seed, Against(origin), save)
 
 
 class Sleeping(Evaluator):

@@ -15,6 +15,10 @@ from autoquant.search.study import Callback
 from autoquant.space import Space
 
 RULES = [{"weight_bits": [2, 3, 4, 8], "activation_bits": 8}]
+PRUNING = [{"ratios": [0, 0.25, 0.5]}]
+PRUNED = Space.model_validate({"name": "p", "rules": RULES, "pruning": PRUNING})
+    {"name": "p", "rules": RULES, "pruning": [{"ratios": [0, 0.25, 0.5]}]}
+)
 
 
 def space(**training: object) -> Space:
@@ -80,3 +84,28 @@ def test_what_was_interrupted_on_a_rung_goes_on_with_resume(tmp_path: Path) -> N
         assert len({t["key"] for t in trials}) == len(trials) == 18
         scores.append({t["key"]: t["score"]["accuracy"] for t in trials})
     assert scores[0] == scores[1]
+
+
+def test_workers_train_and_prune_as_this_process_does(tmp_path: Path) -> None:
+    """On Ray as in process: the same candidates, the same scores, and a file of each member."""
+    found = space(halving=True, steps=[10, 30], batch_size=32, learning_rate=0.003)
+    pruned = found.model_copy(update={"pruning": PRUNED.pruning})
+    scores = []
+    for workers in (1, 2):
+        folder = tmp_path / str(workers)
+        folder.mkdir()
+        chosen = settings(folder, space=pruned, trials=18, workers=workers, sampler="random")
+        chosen = replace(chosen, polish=False)
+        front = search(task(folder, train=batches(4, 128)), chosen)
+        lines = (folder / "runs" / "one" / "trials.jsonl").read_text().splitlines()
+        trials = [json.loads(line) for line in lines]
+        assert [t["error"] for t in trials] == [None] * 18
+        assert sum(t["origin"] == "training" for t in trials) == 6
+        for member in front.members:
+            if member.candidate.training:
+                path = folder / "runs" / "one" / "artifacts" / f"{member.trial}.onnx"
+                assert path.is_file() or (folder / "runs" / "one" / str(member.artifact)).is_file()
+        scores.append({t["key"]: t["score"]["accuracy"] for t in trials})
+    both = set(scores[0]) & set(scores[1])
+    assert len(both) >= 10 and any(scores[0][key] for key in both)
+    assert {k: scores[0][k] for k in both} == {k: scores[1][k] for k in both}

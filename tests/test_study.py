@@ -65,7 +65,12 @@ class Fake:
         self.most = 0
 
     def submit(
-        self, candidate: Candidate, trial: int, seed: int, against: Against | None = None
+        self,
+        candidate: Candidate,
+        trial: int,
+        seed: int,
+        against: Against | None = None,
+        save: Path | None = None,
     ) -> None:
         self.queue.append((candidate, trial, seed))
         self.against[trial] = against

@@ -460,7 +460,7 @@ def _trials(
         reason = _run(study, executor, settings, callbacks, settings.trials - reserve)
         if reserve == 0 or reason in ("timeout", "interrupted", "failing", "full"):
             return
-        going = not ladder or _climb(study, settings, objectives, callbacks, say, rungs, ladder)
+        going = not ladder or _climb(study, executor, settings, callbacks, say, rungs, ladder)
         if going and _polish(study, context, settings, objectives, callbacks, say, most):
             _run(study, executor, settings, callbacks, settings.trials)
 
@@ -474,8 +474,8 @@ def _climbers(rungs: Sequence[Mapping[str, Any]], most: int) -> list[int]:
 
 def _climb(
     study: Study,
+    executor: executors.Executor,
     settings: SearchSettings,
-    objectives: Sequence[str],
     callbacks: Sequence[Callback],
     say: Callable[[str], None],
     rungs: Sequence[Mapping[str, Any]],
@@ -487,7 +487,8 @@ def _climb(
     trained = [r for r in study.results if r.candidate.training]
     found = [r for r in study.results if not r.candidate.training and not r.candidate.polish]
     for rung, most in zip(rungs, ladder, strict=False):
-        found = best_of([r for r in found if r.status in ("complete", "infeasible")], objectives)
+        able = [r for r in found if r.status in ("complete", "infeasible")]
+        found = best_of(sorted(able, key=lambda r: r.trial), study.settings.objectives)
         wanted = [replace(r.candidate, training=dict(rung)) for r in found[:most]]
         fresh = [c for c in wanted if c.key not in seen]
         fresh = fresh[: max(0, settings.trials - len(study.results))]
@@ -495,10 +496,11 @@ def _climb(
         if fresh:
             say(f"training {len(fresh)} candidates for {rung['steps']} steps")
         try:
-            for result in study.refine(fresh, 1, "training"):
+            for result in study.train(fresh, executor):
                 trained.append(result)
                 for callback in callbacks:
                     callback.trial(result)
+                    callback.pace(executor.workers, executor.retries)
                 if study.timed_out:
                     return False
         except KeyboardInterrupt:

@@ -6,6 +6,7 @@ import contextlib
 import faulthandler
 import os
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
@@ -14,10 +15,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from autoquant.cache import write_atomically
 from autoquant.candidate import Candidate
+from autoquant.compress.prune import first_rows
 from autoquant.errors import RunError
 from autoquant.result import TrialResult
 from autoquant.search.trial import Against, Context, run_trial
+from autoquant.search.variant import CALIBRATED
 
 RETRIES = 5  # of a trial whose node was lost
 AHEAD = 1  # trials that wait for a worker, so that no worker waits for the driver
@@ -44,9 +48,14 @@ class Executor(Protocol):
         ...
 
     def submit(
-        self, candidate: Candidate, trial: int, seed: int, against: Against | None = None
+        self,
+        candidate: Candidate,
+        trial: int,
+        seed: int,
+        against: Against | None = None,
+        save: Path | None = None,
     ) -> None:
-        """Start (or queue) one trial."""
+        """Start (or queue) one trial; ``save``: where the driver keeps its file."""
         ...
 
     def wait(self) -> TrialResult:
@@ -66,18 +75,23 @@ class InProcess:
 
     def __init__(self, context: Context) -> None:
         self.context = context
-        self.queue: deque[tuple[Candidate, int, int, Against | None]] = deque()
+        self.queue: deque[tuple[Candidate, int, int, Against | None, Path | None]] = deque()
 
     def submit(
-        self, candidate: Candidate, trial: int, seed: int, against: Against | None = None
+        self,
+        candidate: Candidate,
+        trial: int,
+        seed: int,
+        against: Against | None = None,
+        save: Path | None = None,
     ) -> None:
         """Queue one trial; it runs in `wait`."""
-        self.queue.append((candidate, trial, seed, against))
+        self.queue.append((candidate, trial, seed, against, save))
 
     def wait(self) -> TrialResult:
         """Run the oldest queued trial."""
-        candidate, trial, seed, against = self.queue.popleft()
-        return run_trial(self.context, candidate, trial, seed, against=against)
+        candidate, trial, seed, against, save = self.queue.popleft()
+        return run_trial(self.context, candidate, trial, seed, save, against)
 
     def close(self) -> None:
         """Forget what is queued."""
@@ -102,6 +116,7 @@ class _Running:
     trial: int
     seed: int
     against: Against | None
+    save: Path | None = None
     kills: int = 0  # workers that died with it
     losses: int = 0  # nodes and objects that were lost with it
 
@@ -218,7 +233,9 @@ class RayExecutor:
                 f"Ray has {resources.get('GPU', 0):g}"
             )
         _ship_task_files()
-        alone = replace(context, evaluator=_single_worker(context), inputs=())
+        # Structures are calibrated where they are made; nothing else there reads the inputs.
+        inputs = first_rows(context.inputs, CALIBRATED) if context.options else ()
+        alone = replace(context, evaluator=_single_worker(context), inputs=tuple(inputs))
         self.context = ray.put(alone)
         self.bounds = bounds or Bounds()
         options: dict[str, Any] = {"num_cpus": 1, "max_retries": 0}
@@ -241,19 +258,23 @@ class RayExecutor:
         return min(self.most, int(_resources().get("CPU", 0)))
 
     def submit(
-        self, candidate: Candidate, trial: int, seed: int, against: Against | None = None
+        self,
+        candidate: Candidate,
+        trial: int,
+        seed: int,
+        against: Against | None = None,
+        save: Path | None = None,
     ) -> None:
         """Start one trial as a Ray task."""
-        self._start(_Running(candidate, trial, seed, against))
+        self._start(_Running(candidate, trial, seed, against, save))
 
     def _start(self, item: _Running) -> None:
         remote = self.remote
         if item.kills:  # in a new process: Ray may not know yet that the old one is dead
             again = {**_ENVIRONMENT, "AUTOQUANT_KILLED": str(item.kills)}
             remote = remote.options(runtime_env={"env_vars": again})
-        future = remote.remote(
-            [self.context], item.candidate, item.trial, item.seed, item.against, self.bounds
-        )
+        what = item.candidate, item.trial, item.seed, item.against, item.save is not None
+        future = remote.remote([self.context], *what, self.bounds)
         self.running[future] = item
 
     def wait(self) -> TrialResult:
@@ -264,9 +285,9 @@ class RayExecutor:
             done, _ = ray.wait(list(self.running), num_returns=1)
             item = self.running.pop(done[0])
             try:
-                result: TrialResult | None = ray.get(done[0])
-                if result is not None:
-                    return result
+                found: tuple[TrialResult, bytes | None] | None = ray.get(done[0])
+                if found is not None:
+                    return _kept(*found, item.save)
                 self._start(item)  # it came to a process that was about to end
                 continue
             except self.killed as error:
@@ -304,6 +325,17 @@ class RayExecutor:
             ray.shutdown()
 
 
+def _kept(result: TrialResult, model: bytes | None, path: Path | None) -> TrialResult:
+    """The result, after its file is written; failed where that cannot be."""
+    if model is None or path is None:
+        return result
+    try:
+        write_atomically(path, lambda file: file.write(model))
+    except OSError as error:
+        return replace(result, status="failed", error=f"OSError: {error}")
+    return result
+
+
 def _failed(
     candidate: Candidate, trial: int, seed: int, against: Against | None, message: str
 ) -> TrialResult:
@@ -323,9 +355,11 @@ def _remote_trial(
     trial: int,
     seed: int,
     against: Against | None,
+    keep: bool,
     bounds: Bounds,
-) -> TrialResult | None:
-    """Runs in a worker: unpack the context once a process. None: the process is ending."""
+) -> tuple[TrialResult, bytes | None] | None:
+    """Runs in a worker: unpack the context once a process. The result, and the file where the
+    driver is to ``keep`` it. None: the process is ending."""
     import ray
 
     if _ending.is_set():
@@ -336,13 +370,18 @@ def _remote_trial(
         _context.clear()
         _context[key] = ray.get(reference[0])
     found = _context[key]
-    if not bounds:
-        return run_trial(found, candidate, trial, seed, against=against)
-    results: list[TrialResult] = []
+    results: list[tuple[TrialResult, bytes | None]] = []
 
     def run() -> None:
-        results.append(run_trial(found, candidate, trial, seed, against=against))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.onnx" if keep else None
+            result = run_trial(found, candidate, trial, seed, path, against)
+            written = path is not None and path.is_file()
+            results.append((result, path.read_bytes() if path and written else None))
 
+    if not bounds:
+        run()
+        return results[0]
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     if bounds.seconds is not None:  # code that holds the interpreter's lock stops this thread too
@@ -354,7 +393,7 @@ def _remote_trial(
         return results[0]
     _ending.set()
     threading.Timer(0.5, os._exit, (1,)).start()  # after this result is on its way
-    return _failed(candidate, trial, seed, against, passed)
+    return _failed(candidate, trial, seed, against, passed), None
 
 
 def _passed(thread: threading.Thread, bounds: Bounds) -> str | None:

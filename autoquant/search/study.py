@@ -569,21 +569,14 @@ class Study:
         return None
 
     def polish(self, candidates: Sequence[Candidate], workers: int) -> Iterator[TrialResult]:
-        """Run the polished forms of candidates; see `refine`."""
-        return self.refine([replace(c, polish=True) for c in candidates], workers, "polish")
-
-    def refine(
-        self, candidates: Sequence[Candidate], workers: int, origin: str
-    ) -> Iterator[TrialResult]:
-        """Run candidates that no sampler proposed as trials of their own, here, and keep their
+        """Run the polished forms of candidates as trials of their own, here, and keep their
         files; ``workers`` at a time, in order."""
         first = len(self.study.get_trials(deepcopy=False))
 
         def run(index: int) -> TrialResult:
-            number = first + index
-            path = self.settings.folder / "artifacts" / f"{number}.onnx"
-            found, seed = candidates[index], self.settings.seed
-            return run_trial(self.context, found, number, seed, path, Against(origin))
+            number, found = first + index, replace(candidates[index], polish=True)
+            save, seed = self._artifact(number), self.settings.seed
+            return run_trial(self.context, found, number, seed, save, Against("polish"))
 
         with ThreadPoolExecutor(max(1, workers)) as pool:
             futures = [pool.submit(run, index) for index in range(len(candidates))]
@@ -597,6 +590,34 @@ class Study:
             finally:
                 for future in futures:
                     future.cancel()
+
+    def train(self, candidates: Sequence[Candidate], executor: Executor) -> Iterator[TrialResult]:
+        """Run candidates that train, which no sampler proposed, as trials of their own, and keep
+        their files; yields each as it ends. Optuna hears of them in order: what it has not heard
+        of when the driver dies, `_recover` tells it."""
+        first = told = len(self.study.get_trials(deepcopy=False))
+        running, submitted = 0, 0
+        ended: dict[int, TrialResult] = {}
+        while running or submitted < len(candidates):
+            while submitted < len(candidates) and running < executor.slots:
+                found, number = candidates[submitted], first + submitted
+                save, seed = self._artifact(number), self.settings.seed
+                executor.submit(found, number, seed, Against("training"), save)
+                running, submitted = running + 1, submitted + 1
+            result = executor.wait()
+            running -= 1
+            self._write(result)
+            self.seen[result.candidate.key] = result.trial
+            ended[result.trial] = result
+            while told in ended:
+                self._add(ended.pop(told))
+                told += 1
+            self.sync()
+            yield result
+
+    def _artifact(self, trial: int) -> Path:
+        """Where the file of a trial is kept that could not be made again in a moment."""
+        return self.settings.folder / "artifacts" / f"{trial}.onnx"
 
     def _add(self, result: TrialResult | None) -> None:
         """Let Optuna know of a trial that it was not asked for; None for one that is lost."""
@@ -670,8 +691,7 @@ class Study:
         if result.trial not in now:
             self._forget_evidence([len(self.results) - 1])
         for trial in set(before) - now:  # dominated from now on
-            path = self.settings.folder / "artifacts" / f"{trial}.onnx"
-            path.unlink(missing_ok=True)
+            self._artifact(trial).unlink(missing_ok=True)
 
     def _write_files(self, result: TrialResult, line: str) -> None:
         if result.traceback is not None:
