@@ -17,8 +17,6 @@ from autoquant.space import Space
 RULES = [{"weight_bits": [2, 3, 4, 8], "activation_bits": 8}]
 PRUNING = [{"ratios": [0, 0.25, 0.5]}]
 PRUNED = Space.model_validate({"name": "p", "rules": RULES, "pruning": PRUNING})
-    {"name": "p", "rules": RULES, "pruning": [{"ratios": [0, 0.25, 0.5]}]}
-)
 
 
 def space(**training: object) -> Space:
