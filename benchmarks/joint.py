@@ -153,10 +153,11 @@ def main() -> None:
 
     torch.set_num_threads(1)
     path = RESULTS / "joint.json"
-    seeds = json.loads(path.read_text())["seeds"] if path.is_file() else {}
     for seed in range(options.first, options.seeds):
         with tempfile.TemporaryDirectory() as folder:
-            seeds[str(seed)] = one(seed, options, Path(folder))
+            rows = one(seed, options, Path(folder))
+        seeds = json.loads(path.read_text())["seeds"] if path.is_file() else {}
+        seeds[str(seed)] = rows
         summary = {}
         for name in seeds[str(seed)]:
             values = [s[name]["hypervolume"] for s in seeds.values()]
