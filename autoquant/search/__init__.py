@@ -37,11 +37,11 @@ from autoquant.hardware import Hardware, load_hardware
 from autoquant.result import Latency, TrialResult
 from autoquant.runtime import RUNTIMES, OnnxRuntime, measure
 from autoquant.search import executor as executors
-from autoquant.search.dimensions import structural_starts
+from autoquant.search.first import first_candidates, mean_of
 from autoquant.search.run import Run, describe_environment, open_run, without_password, write_json
 from autoquant.search.sensitivity import Sensitivity
 from autoquant.search.sensitivity import priors as priors_of
-from autoquant.search.solver import Table, curve
+from autoquant.search.solver import Table
 from autoquant.search.start import moved, read_start
 from autoquant.search.status import RunLog
 from autoquant.search.study import (
@@ -50,7 +50,6 @@ from autoquant.search.study import (
     Study,
     StudySettings,
     check_sampler,
-    uniform_candidates,
 )
 from autoquant.search.trial import (
     COST_LIMITS,
@@ -391,48 +390,6 @@ def _described(context: Context) -> list[dict[str, Any]]:
         costs = {str(c): {"size_bytes": b, "latency_ms": t if timed else None} for c, b, t in each}
         found.append({**layer.to_dict(), "costs": costs})
     return found
-
-
-def mean_of(priors: Mapping[str, Table]) -> Table:
-    """The geometric mean of tables, zero where one is."""
-    tables = list(priors.values())
-    found: dict[str, Sequence[float]] = {}
-    for name in tables[0]:
-        values = np.array([t[name] for t in tables], dtype=np.float64)
-        mean = np.exp(np.log(np.maximum(values, 1e-300)).mean(axis=0))
-        found[name] = tuple(np.where(values.min(axis=0) > 0, mean, 0.0).tolist())
-    return found
-
-
-def first_candidates(
-    context: Context,
-    objectives: Sequence[str],
-    priors: Mapping[str, Table],
-    start: Sequence[tuple[str, Candidate]],
-) -> list[tuple[str, Candidate]]:
-    """Those of another run, uniform candidates, then the best under the priors' mean at a spread
-    of budgets, and where there are several priors, fewer under each."""
-    uniform = uniform_candidates(context.choices)
-    found = [*start, *(("uniform", c) for c in uniform)]
-    widest = [c for c in uniform if not all(x.is_float for x in c.layers.values())][:1]
-    for base in widest if context.options else ():
-        found += [("uniform", c) for c in structural_starts(base, context.options)]
-    tables = [(mean_of(priors), 14, 8)]
-    if len(priors) > 1:
-        tables = [(mean_of(priors), 10, 6), *((t, 5, 3) for t in list(priors.values())[:3])]
-    for table, by_size, by_latency in tables:
-        budgets = {"size_bytes": by_size, "stored_bytes": by_size}
-        budgets |= {"latency_ms": by_latency, "energy_mj": by_latency}
-        alone = len(objectives) == 2 and "stored_bytes" not in objectives
-        for name, points in budgets.items():
-            if name in objectives or (name == "size_bytes" and alone):
-                costs = context.additive_cost(name)
-                solved = curve(context.choices, table, costs, points, tied=context.tied)
-                found += [("solver", c) for c in solved]
-    unique: dict[Candidate, str] = {}
-    for origin, candidate in found:
-        unique.setdefault(candidate, origin)
-    return [(origin, candidate) for candidate, origin in unique.items()]
 
 
 def _trials(
