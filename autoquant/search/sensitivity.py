@@ -155,10 +155,10 @@ def estimate(
     request = Request(context, _module(task), base or Candidate(), workers)
     key = content_key(context, estimator, base, request.module)
     path = cache_folder() / f"sensitivity-{key}.json"
-    kept = _kept(path, context.choices)
-    if kept is not None:
-        say(f"sensitivity of {len(context.choices)} layers: {kept.estimator}, from the cache")
-        return kept
+    known = kept(path, context.choices)
+    if known is not None:
+        say(f"sensitivity of {len(context.choices)} layers: {known.estimator}, from the cache")
+        return known
     chosen = _affordable(request) if estimator == AUTO else estimator
     guess = expected_seconds(request, chosen)
     say(f"sensitivity of {len(context.choices)} layers: {chosen}, about {guess:.0f} s")
@@ -180,7 +180,7 @@ def estimate(
     return found
 
 
-def _kept(path: Path, choices: Choices) -> Sensitivity | None:
+def kept(path: Path, choices: Choices) -> Sensitivity | None:
     """What an earlier run left in the cache; None where there is nothing, or it is damaged."""
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
@@ -218,10 +218,15 @@ def content_key(
         "estimator": estimator,
         "base": None if base is None else base.key,
     }
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
-    for array in context.probe:
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()[:16]
+    return digest(parts, context.probe)
+
+
+def digest(parts: Mapping[str, Any], probe: Sequence[Array]) -> str:
+    """16 hex digits over plain values and the inputs that outputs are compared on."""
+    found = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
+    for array in probe:
+        found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()[:16]
 
 
 def expected_seconds(request: Request, estimator: str) -> float:
