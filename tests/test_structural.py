@@ -279,6 +279,14 @@ def test_a_run_without_priors_of_structures_is_resumed_with_them(
     assert json.loads(path.read_text()) == whole
 
 
+def test_a_student_and_structures_exclude_each_other(tmp_path: Path) -> None:
+    space = SPACE.model_copy(update={"student": {"width": (3, None)}})
+    search(task(tmp_path), settings(tmp_path, space=space, trials=36))
+    found = [r.candidate for r in read_trials(tmp_path / "runs" / "one" / "trials.jsonl")]
+    assert any(c.student for c in found)
+    assert not any(c.student and (c.pruning or c.rank or c.drop) for c in found)
+
+
 def test_without_structures_nothing_is_measured(tmp_path: Path) -> None:
     plain = prepare(task(tmp_path), space="int8", latency=False, evaluation_workers=1)
     assert structural_dimensions(plain) == {} and structural_sensitivity(plain).table == {}

@@ -309,7 +309,10 @@ class Study:
         return self._allowed(candidate_of(found))
 
     def _allowed(self, candidate: Candidate) -> Candidate:
+        """With ties and forbidden pairs kept, and no structure beside a student."""
         context = self.context
+        if candidate.student:
+            candidate = replace(candidate, pruning={}, rank={}, drop=())
         return conform(candidate, context.choices, context.tied, context.forbidden)
 
     def recorded(self) -> list[TrialResult]:
