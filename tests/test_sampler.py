@@ -301,6 +301,54 @@ def test_many_trials_leave_the_process_small() -> None:
 # --- priors -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_structures_that_cost_little_are_proposed_under_a_tight_budget(seed: int) -> None:
+    """Half of the structures are nearly free, the others dear and save half as much: far from
+    what chance would take."""
+    problem = Problem(8)
+    structures = {f"prune:{i}": IntDistribution(0, 2) for i in range(8)}
+    cheap = [n for n in structures if int(n[-1]) % 2]
+    prior = {n: ((0.02, 0.005, 1e-9) if n in cheap else (3.0, 1.0, 1e-9)) for n in structures}
+    costs = {n: ((0.0, 0.5, 1.0) if n in cheap else (0.0, 0.2, 0.4)) for n in structures}
+    priors, tables = {**problem.prior, **prior}, {**problem.costs, **costs}
+    space = {**problem.space, **structures}
+
+    def added(params: Params, table: Mapping[str, Sequence[float]]) -> float:
+        return sum(table[n][params[n]] for n in table)
+
+    limit = 0.4 * sum(max(c) for c in tables.values())
+    sampler = SurrogateSampler(
+        space=space,
+        priors=[priors],
+        costs={1: tables},
+        known=lambda p: (None, added(p, tables)),
+        excess=lambda p: {"size": added(p, tables) / limit - 1},
+        initial=0,
+        seed=seed,
+    )
+    study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
+    for _ in range(24):
+        trial = study.ask(space)
+        loss = problem.loss(trial.params) + added(trial.params, prior)
+        study.tell(trial, [loss, added(trial.params, tables)])
+    asked_for = [t.params for t in study.get_trials(deepcopy=False)[8:]]
+    changed = {n: np.mean([p[n] < 2 for p in asked_for]) for n in structures}
+    at_random = 2 / 3
+    assert np.mean([changed[n] for n in cheap]) > at_random + 0.2
+    assert np.mean([changed[n] for n in structures if n not in cheap]) < at_random - 0.2
+
+
+def test_a_prior_may_have_many_values() -> None:
+    space = {"width": IntDistribution(0, 39), "bits": IntDistribution(0, 4)}
+    prior = {"width": np.geomspace(1, 1e-3, 40), "bits": np.geomspace(1, 1e-3, 5)}
+    sampler = SurrogateSampler(space=space, priors=[prior], seed=0, initial=0)
+    study = optuna.create_study(sampler=sampler)
+    for _ in range(10):
+        trial = study.ask(space)
+        study.tell(trial, sum(prior[n][trial.params[n]] for n in prior))
+    assert 0 <= study.best_params["width"] <= 39
+
+
 def test_the_first_trials_are_the_priors_own_solutions() -> None:
     problem = Problem()
     tilted = {n: tuple(v**0.5 for v in p) for n, p in problem.prior.items()}

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 from autoquant.candidate import FLOAT, Candidate, LayerChoice
 from autoquant.errors import SpaceError
-from autoquant.search.solver import GAP, GRID, Boundary, curve, solve, solve_exact
+from autoquant.search.solver import (
+    GAP,
+    GRID,
+    Boundary,
+    curve,
+    joint_curve,
+    solve,
+    solve_exact,
+)
 
 CHOICES = (LayerChoice(2, 8), LayerChoice(4, 8), LayerChoice(8, 8), FLOAT)
 Table = dict[str, tuple[float, ...]]
@@ -68,6 +76,32 @@ def test_the_curve_rises_from_the_cheapest_to_the_widest_that_is_not_float() -> 
     assert costs[0] == sum(min(c) for c in cost.values())
     assert costs[-1] <= sum(cost[n][2] for n in choices) * (1 + 1 / GRID)
     assert len(found) == len(set(found)) > 5
+
+
+def test_bits_and_structures_are_solved_for_together() -> None:
+    """What saves much for little goes first, what saves nothing never; ties are kept."""
+    choices, loss, cost = problem(2)
+    structures = {
+        "prune:layer0": (0.5, 0.25, 0.0),
+        "drop:block": (True, False),
+        "rank:layer1": (3, None),  # costs more than the layer as it is
+        "importance": ("l1", "taylor"),  # without a prior
+    }
+    top = sum(cost[n][2] for n in choices)
+    loss |= {"prune:layer0": (9.0, 1e-6, 0.0), "drop:block": (1e-6, 0.0), "rank:layer1": (0.1, 0.0)}
+    cost |= {"prune:layer0": (0.0, 0.1 * top, 0.2 * top), "drop:block": (0.0, 0.2 * top)}
+    cost |= {"rank:layer1": (50.0, 0.0)}
+    tied = (("layer0", "layer1"),)
+    found = joint_curve(choices, structures, loss, cost, 5, tied)
+    assert 3 < len(found) <= 5
+    for candidate in found:
+        assert candidate.choice("layer0") == candidate.choice("layer1")
+        assert not candidate.rank and candidate.pruning and candidate.importance == "taylor"
+        assert candidate.drop == ("block",)
+    assert {c.pruning["layer0"] for c in found[1:]} == {0.25}
+    assert joint_curve(choices, {"importance": ("l1",)}, loss, cost, 5) == []
+    free = {n: (0.0,) * len(c) for n, c in cost.items()}
+    assert joint_curve(choices, structures, loss, free, 5) == []
 
 
 @pytest.mark.parametrize("found", [(CHOICES[2],), (FLOAT,)])

@@ -152,8 +152,8 @@ class FileSize:
         return size, round(file.coded + left)
 
     def coded_bytes(self, layer: Layer, choice: LayerChoice) -> float:
-        """What the layer's weights of at most 8 bits take in the entropy code."""
-        if self.bank is None:
+        """What the layer's weights take: in the entropy code, where they have at most 8 bits."""
+        if self.bank is None or choice.weight_bits > 8:
             return layer.parameters * choice.stored_bits / 8
         return float(self.bank.get(layer, choice).coded_bytes)
 

@@ -388,9 +388,9 @@ def _learned_html(
     if learned and layers:
         plots["learned"] = learned_figure(layers)
         parts.append(
-            '<p class="note">Share of the divergence that each layer causes, most sensitive '
-            f"first, learned from {learned['trials']} trials; the marks are what was measured or "
-            "assumed before them.</p>"
+            '<p class="note">Share of the divergence that each layer or structure causes, most '
+            f"sensitive first, learned from {learned['trials']} trials; the marks are what was "
+            "measured or assumed before them.</p>"
             f"<figure>{_placeholder('learned', 90 + 22 * len(layers))}</figure>"
             f"{_factors_html(layers)}"
         )

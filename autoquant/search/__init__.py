@@ -44,6 +44,11 @@ from autoquant.search.sensitivity import priors as priors_of
 from autoquant.search.solver import Table
 from autoquant.search.start import moved, read_start
 from autoquant.search.status import RunLog
+from autoquant.search.structural import (
+    structural_costs,
+    structural_dimensions,
+    structural_sensitivity,
+)
 from autoquant.search.study import (
     SIGNALS,
     Callback,
@@ -276,6 +281,8 @@ def _searched(
         _check_predicted(objectives, settings, context)
         start = moved(start, context.choices, context.options)
         priors = _priors(context, task, run.folder, settings.resume, say)
+        known = structural_dimensions(context).keys() & next(iter(priors.values())).keys()
+        structures = structural_costs(context, [n for n in context.options if n in known])
         study = Study(
             context,
             StudySettings(
@@ -291,9 +298,10 @@ def _searched(
                 patience=settings.patience,
             ),
             settings.resume,
-            first=lambda: first_candidates(context, objectives, priors, start),
+            first=lambda: first_candidates(context, objectives, priors, start, structures),
             priors=priors,
             say=say,
+            structures=structures,
         )
     except BaseException:
         run.discard()
@@ -344,20 +352,22 @@ def _priors(
 ) -> dict[str, Table]:
     """Tables of divergences by name: those of the run that is resumed, or measured now.
 
-    sensitivity.json shows their geometric mean to people.
+    Structures are in all of them alike, and are measured for a run that was begun without.
+    sensitivity.json shows the tables' geometric mean to people.
     """
     path = folder / "priors.json"
-    sizes = {n: len(c) for n, c in context.choices.items()}
-    if resume and path.is_file():
-        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
-            read = json.loads(path.read_text(encoding="utf-8"))
-            old: dict[str, Table] = {
-                k: {n: tuple(map(float, v)) for n, v in t.items()} for k, t in read.items()
-            }
-            if old and all({n: len(v) for n, v in t.items()} == sizes for t in old.values()):
-                return old
+    found = _stored_priors(path, context) if resume else {}
+    dimensions = structural_dimensions(context)
+    if found and all(n in table for n in dimensions for table in found.values()):
+        return found
+    structures = structural_sensitivity(context, say) if dimensions else None
+    beside: Table = {} if structures is None else structures.table
+    if found:
+        found = {name: {**table, **beside} for name, table in found.items()}
+        write_json(path, found)
+        return found
     estimates = priors_of(context, task, workers=os.cpu_count() or 1, say=say)
-    found: dict[str, Table] = {name: dict(r.table) for name, r in estimates.items()}
+    found = {name: {**r.table, **beside} for name, r in estimates.items()}
     write_json(path, found)
     shown = Sensitivity(
         {name: tuple(values) for name, values in mean_of(found).items()},
@@ -367,7 +377,30 @@ def _priors(
         next(iter(estimates.values())).key,
         tuple(note for result in estimates.values() for note in result.notes),
     )
-    write_json(folder / "sensitivity.json", shown.to_dict())
+    about = shown.to_dict()
+    if structures is not None:
+        about["structures"] = structures.to_dict()["layers"]
+        about["seconds"] += structures.seconds
+        about["notes"] += structures.notes
+    write_json(folder / "sensitivity.json", about)
+    return found
+
+
+def _stored_priors(path: Path, context: Context) -> dict[str, Table]:
+    """What an earlier session left in priors.json; empty where it does not fit this network."""
+    layers = {n: len(c) for n, c in context.choices.items()}
+    sizes = {**layers, **{n: len(o) for n, o in structural_dimensions(context).items()}}
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Table] = {
+            k: {n: tuple(map(float, v)) for n, v in t.items()} for k, t in read.items()
+        }
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}
+    for table in found.values():
+        own = {n: len(v) for n, v in table.items()}
+        if not layers.keys() <= own.keys() or any(sizes.get(n) != own[n] for n in own):
+            return {}
     return found
 
 

@@ -8,9 +8,11 @@ import numpy as np
 
 from autoquant.candidate import Candidate
 from autoquant.cost.table import TableModel
+from autoquant.result import Cost
 from autoquant.search.coupling import boundaries
-from autoquant.search.dimensions import structural_starts
-from autoquant.search.solver import Boundary, Table, curve, solve_exact
+from autoquant.search.dimensions import IMPORTANCE, structural_starts
+from autoquant.search.solver import Boundary, Table, curve, joint_curve, solve_exact
+from autoquant.search.structural import additive_costs, structural_dimensions
 from autoquant.search.study import uniform_candidates
 from autoquant.search.trial import Context
 
@@ -35,9 +37,11 @@ def first_candidates(
     objectives: Sequence[str],
     priors: Mapping[str, Table],
     start: Sequence[tuple[str, Candidate]],
+    structures: Mapping[str, Sequence[Cost]] | None = None,
 ) -> list[tuple[str, Candidate]]:
     """Those of another run, uniform candidates, then the best under the priors' mean at a spread
-    of budgets, and where there are several priors, fewer under each."""
+    of budgets, and where there are several priors, fewer under each. With the costs of
+    ``structures``, a handful over bits and structures together."""
     uniform = uniform_candidates(context.choices)
     found = [*start, *(("uniform", c) for c in uniform)]
     found += [("solver", c) for c in within_limits(context, mean_of(priors))]
@@ -47,18 +51,23 @@ def first_candidates(
     tables = [(mean_of(priors), 14, 8)]
     if len(priors) > 1:
         tables = [(mean_of(priors), 10, 6), *((t, 5, 3) for t in list(priors.values())[:3])]
-    for table, by_size, by_latency in tables:
+    beside = {n: o for n, o in context.options.items() if n == IMPORTANCE}
+    beside |= structural_dimensions(context)
+    for index, (table, by_size, by_latency) in enumerate(tables):
         budgets = {"size_bytes": by_size, "stored_bytes": by_size}
         budgets |= {"latency_ms": by_latency, "energy_mj": by_latency}
         alone = len(objectives) == 2 and "stored_bytes" not in objectives
         for name, points in budgets.items():
             if name not in objectives and not (name == "size_bytes" and alone):
                 continue
+            costs, tied = additive_costs(context, structures or {}, name), context.tied
             if name == "latency_ms" and between(context):
-                found += [("solver", c) for c in at_latencies(context, table, points)]
-                continue
-            costs = context.additive_cost(name)
-            solved = curve(context.choices, table, costs, points, tied=context.tied)
+                solved = at_latencies(context, table, points)
+            else:
+                solved = curve(context.choices, table, costs, points, tied=tied)
+            if index == 0 and structures:
+                few = max(2, points // 2)
+                solved += joint_curve(context.choices, beside, table, costs, few, tied)
             found += [("solver", c) for c in solved]
     unique: dict[Candidate, str] = {}
     for origin, candidate in found:

@@ -53,6 +53,7 @@ _LENGTH = 2.0  # of the correction's correlation, in choices
 _RADIUS = 0.6  # of a smooth correlation, in ranges of a parameter
 _FAR = 1.5  # of a log loss from what was predicted, at most
 _POWER = 0.5  # of the loss whose gain is expected: between log (0) and plain (1)
+_NOTHING = 1e-6  # of a parameter's largest prior: too little for trials to correct
 _FINALISTS = 16  # whose known objectives are computed exactly
 _SCALES = (0.15, 0.3, 0.6, 1.2)  # standard deviations of a correction
 _JOINT = (0.03, 0.1, 0.3)  # of what layers do together
@@ -132,7 +133,8 @@ class _Dimension:
         return position + step
 
 
-def _dimension(name: str, distribution: BaseDistribution) -> _Dimension:
+def _dimension(name: str, distribution: BaseDistribution, listed: int = _ORDINAL) -> _Dimension:
+    """``listed``: values up to which a number is a list of them."""
     values: tuple[Any, ...] | None = None
     categorical = isinstance(distribution, CategoricalDistribution)
     if isinstance(distribution, CategoricalDistribution):
@@ -144,7 +146,7 @@ def _dimension(name: str, distribution: BaseDistribution) -> _Dimension:
             count = round((high - low) / step) + 1
         elif isinstance(distribution, IntDistribution):
             count = high - low + 1
-        if count <= _ORDINAL:
+        if count <= listed:
             kind = int if isinstance(distribution, IntDistribution) else float
             values = tuple(kind(min(low + i * (step or 1), high)) for i in range(int(count)))
     size = _KNOTS if values is None else len(values)
@@ -192,7 +194,8 @@ class _Space:
 
 
 def _space(distributions: Mapping[str, BaseDistribution], priors: Sequence[Table]) -> _Space:
-    dimensions = [_dimension(name, d) for name, d in distributions.items()]
+    listed = {n: max(_ORDINAL, *(len(p.get(n, ())) for p in priors), 0) for n in distributions}
+    dimensions = [_dimension(name, d, listed[name]) for name, d in distributions.items()]
     means: list[Array | None] = []
     spreads = []
     for d in dimensions:
@@ -964,7 +967,8 @@ class SurrogateSampler(BaseSampler):
         totals = sum(prior.values()) or 1.0, sum(now.values()) or 1.0
         layers = {}
         for i in sorted(space.known, key=lambda i: -now[i]):
-            used = np.flatnonzero(np.asarray(model.prior[i]) > 0)
+            own = np.asarray(model.prior[i])
+            used = np.flatnonzero(own > _NOTHING * own.max())
             factor = float(np.exp(model.correction[i][used].mean())) if len(used) else 1.0
             layers[space.dimensions[i].name] = {
                 "importance": now[i] / totals[1],

@@ -49,10 +49,10 @@ Choices = Mapping[str, Sequence[LayerChoice]]
 Table = Mapping[str, tuple[float, ...]]  # layer → divergence of each of its choices
 
 AUTO = "auto"
-_FLOOR = 1e-9
-_RATE = 3e10  # multiply-accumulates a second that estimates of time reckon with
-_OPEN = 0.05  # seconds to assemble and open an artifact, likewise
-_PATIENCE = 120.0  # seconds beyond which ``auto`` leaves measuring to those who ask for it
+FLOOR = 1e-9
+RATE = 3e10  # multiply-accumulates a second that estimates of time reckon with
+OPEN = 0.05  # seconds to assemble and open an artifact, likewise
+PATIENCE = 120.0  # seconds beyond which ``auto`` leaves measuring to those who ask for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,10 +155,10 @@ def estimate(
     request = Request(context, _module(task), base or Candidate(), workers)
     key = content_key(context, estimator, base, request.module)
     path = cache_folder() / f"sensitivity-{key}.json"
-    kept = _kept(path, context.choices)
-    if kept is not None:
-        say(f"sensitivity of {len(context.choices)} layers: {kept.estimator}, from the cache")
-        return kept
+    known = kept(path, context.choices)
+    if known is not None:
+        say(f"sensitivity of {len(context.choices)} layers: {known.estimator}, from the cache")
+        return known
     chosen = _affordable(request) if estimator == AUTO else estimator
     guess = expected_seconds(request, chosen)
     say(f"sensitivity of {len(context.choices)} layers: {chosen}, about {guess:.0f} s")
@@ -180,7 +180,7 @@ def estimate(
     return found
 
 
-def _kept(path: Path, choices: Choices) -> Sensitivity | None:
+def kept(path: Path, choices: Choices) -> Sensitivity | None:
     """What an earlier run left in the cache; None where there is nothing, or it is damaged."""
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
@@ -218,10 +218,15 @@ def content_key(
         "estimator": estimator,
         "base": None if base is None else base.key,
     }
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
-    for array in context.probe:
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()[:16]
+    return digest(parts, context.probe)
+
+
+def digest(parts: Mapping[str, Any], probe: Sequence[Array]) -> str:
+    """16 hex digits over plain values and the inputs that outputs are compared on."""
+    found = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
+    for array in probe:
+        found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()[:16]
 
 
 def expected_seconds(request: Request, estimator: str) -> float:
@@ -231,8 +236,8 @@ def expected_seconds(request: Request, estimator: str) -> float:
     anchors = sum(len(_anchors(found)) for found in context.choices.values())
     every = sum(not c.is_float for found in context.choices.values() for c in found)
     widths = max((len(found) for found in context.choices.values()), default=0)
-    run = rows * macs / _RATE + _OPEN
-    backward = min(rows, 256) * macs * (2 + widths) / _RATE
+    run = rows * macs / RATE + OPEN
+    backward = min(rows, 256) * macs * (2 + widths) / RATE
     seconds = {
         "measured": anchors * run,
         "measured-all": every * run,
@@ -243,11 +248,11 @@ def expected_seconds(request: Request, estimator: str) -> float:
 
 
 def _affordable(request: Request) -> str:
-    """The best estimator that the network allows within ``_PATIENCE``."""
+    """The best estimator that the network allows within ``PATIENCE``."""
     names = ["combined", "fisher"] if request.module is not None else ["measured"]
     if len(request.base.layers):
         names = ["measured"]
-    affordable = [n for n in names if expected_seconds(request, n) <= _PATIENCE]
+    affordable = [n for n in names if expected_seconds(request, n) <= PATIENCE]
     return affordable[0] if affordable else names[-1]
 
 
@@ -286,7 +291,7 @@ def measured(request: Request, names: Iterable[str] | None = None, every: bool =
 
         def found(choice: LayerChoice, name: str = name, floor: float = floor) -> float:
             candidate = Candidate({**request.base.layers, name: choice})
-            return max(divergence(reference, outputs(candidate), classes) - floor, _FLOOR)
+            return max(divergence(reference, outputs(candidate), classes) - floor, FLOOR)
 
         if every:
             values = [0.0 if c.is_float else found(c) for c in choices]
@@ -404,7 +409,7 @@ def relative_error(context: Context, layer: Layer, choice: LayerChoice) -> float
     its grid on the calibration histogram over the input's variance; white inputs are assumed.
     A product of activations has two inputs and no weight.
     """
-    error, total = _FLOOR, 1.0
+    error, total = FLOOR, 1.0
     if layer.weight:
         weight = context.graph.array(layer.weight)
         total = float((weight.astype(np.float64) ** 2).mean()) or 1.0

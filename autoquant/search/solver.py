@@ -19,6 +19,7 @@ import numpy as np
 
 from autoquant.candidate import Candidate, LayerChoice
 from autoquant.errors import SpaceError
+from autoquant.search.dimensions import candidate_of
 from autoquant.task import Array
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ GRID = 8000  # steps of the budget
 GAP = 1e-3  # relative: how far `solve_exact` may stay from the optimum
 
 Choices = Mapping[str, Sequence[LayerChoice]]
+Options = Mapping[str, Sequence[Any]]  # of layers and of other dimensions
 Table = Mapping[str, Sequence[float]]  # a figure for each choice of each layer
 Ties = Sequence[Sequence[str]]  # groups of layers that take the same choice
 Forbidden = Sequence[tuple[tuple[str, LayerChoice], tuple[str, LayerChoice]]]
@@ -53,7 +55,7 @@ class Boundary:
 
 
 def solve(
-    choices: Choices,
+    choices: Options,
     divergence: Table,
     cost: Table,
     budgets: Sequence[float],
@@ -61,12 +63,22 @@ def solve(
 ) -> list[Candidate]:
     """The candidate of least summed divergence within each budget of the summed cost.
 
+    ``choices``: of layers, and the options of other dimensions (`dimensions`) beside them.
     ``cost`` must not be negative. A budget is rounded down to a grid of ``GRID`` steps between
     the least and the most possible cost; one below the least gets the cheapest candidate.
     Layers of a group of ``tied`` take the same choice. Raises SpaceError where they cannot.
     """
     if tied:
-        return _solve_tied(choices, divergence, cost, budgets, tied)
+        picks = _tied_picks(choices, divergence, cost, budgets, tied)
+    else:
+        picks = _picks(choices, divergence, cost, budgets)
+    return [candidate_of(p) for p in picks]
+
+
+def _picks(
+    choices: Options, divergence: Table, cost: Table, budgets: Sequence[float]
+) -> list[dict[str, Any]]:
+    """By budget an option a dimension; see `solve`."""
     names = [name for name, found in choices.items() if len(found) > 1]
     low = sum(min(cost[name]) for name in choices)
     high = sum(max(cost[name]) for name in choices)
@@ -90,13 +102,13 @@ def solve(
         for name in reversed(names):
             picks[name] = int(taken[name][index])
             index -= steps[name][picks[name]]
-        found.append(Candidate({n: c[picks.get(n, 0)] for n, c in choices.items()}))
+        found.append({n: c[picks.get(n, 0)] for n, c in choices.items()})
     return found
 
 
-def _solve_tied(
-    choices: Choices, divergence: Table, cost: Table, budgets: Sequence[float], tied: Ties
-) -> list[Candidate]:
+def _tied_picks(
+    choices: Options, divergence: Table, cost: Table, budgets: Sequence[float], tied: Ties
+) -> list[dict[str, Any]]:
     """Each group as one layer of the choices that all of it has."""
     groups = {name: tuple(group) for group in _groups(choices, tied) for name in group}
     merged = {}
@@ -114,11 +126,11 @@ def _solve_tied(
             for name, found in merged.items()
         }
 
-    solved = solve(merged, total(divergence), total(cost), budgets)
-    return [Candidate({n: c.choice(groups.get(n, (n,))[0]) for n in choices}) for c in solved]
+    solved = _picks(merged, total(divergence), total(cost), budgets)
+    return [{n: p[groups.get(n, (n,))[0]] for n in choices} for p in solved]
 
 
-def _groups(choices: Choices, tied: Ties) -> list[list[str]]:
+def _groups(choices: Options, tied: Ties) -> list[list[str]]:
     """The groups without layers that are not in ``choices``; groups that meet become one."""
     found: list[list[str]] = []
     for group in tied:
@@ -130,7 +142,7 @@ def _groups(choices: Choices, tied: Ties) -> list[list[str]]:
     return [sorted(group, key=list(choices).index) for group in found if len(group) > 1]
 
 
-def shared_choices(choices: Choices, group: Sequence[str]) -> tuple[LayerChoice, ...]:
+def shared_choices(choices: Options, group: Sequence[str]) -> tuple[LayerChoice, ...]:
     """The choices that every layer of a group has. Raises SpaceError where there is none."""
     first, *others = group
     shared = tuple(c for c in choices[first] if all(c in choices[n] for n in others))
@@ -158,6 +170,36 @@ def curve(
     top = top if low < top < high else high
     budgets = np.exp(np.linspace(np.log(max(low, top / 1000)), np.log(top), points))
     return list(dict.fromkeys(solve(choices, divergence, cost, budgets.tolist(), tied)))
+
+
+def joint_curve(
+    choices: Choices,
+    structures: Options,
+    divergence: Table,
+    cost: Table,
+    points: int,
+    tied: Ties = (),
+) -> list[Candidate]:
+    """Up to ``points`` solutions over layers and ``structures`` together, cheapest first.
+
+    A dimension of ``structures`` without a table stays at its last option. Budgets are spread
+    evenly in the log of the cost, from half of what the cheapest choices of all layers cost on
+    the network as it is (its options of least divergence) to below that of the widest.
+    """
+    free = {n: c for n, c in structures.items() if n in divergence and n in cost}
+    held = {n: c[-1:] for n, c in structures.items() if n not in free}
+    if not free:
+        return []
+    whole = sum(cost[n][int(np.argmin(divergence[n]))] for n in free)
+    low = sum(min(cost[n]) for n in choices)
+    top = sum(_widest(found, cost[n]) for n, found in choices.items())
+    if low <= 0:
+        return []
+    budgets = whole + np.geomspace(low / 2, max(low, top), points + 1)[:-1]
+    still = dict.fromkeys(held, (0.0,))
+    options = {**choices, **free, **held}
+    losses, costs = {**divergence, **still}, {**cost, **still}
+    return list(dict.fromkeys(solve(options, losses, costs, budgets.tolist(), tied)))
 
 
 def _widest(choices: Sequence[LayerChoice], cost: Sequence[float]) -> float:

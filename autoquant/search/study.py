@@ -23,7 +23,9 @@ from autoquant.search.coupling import conform
 from autoquant.search.dimensions import Options, candidate_of, option_of
 from autoquant.search.executor import Executor
 from autoquant.search.run import RESERVE, append, without_password
+from autoquant.search.sensitivity import FLOOR
 from autoquant.search.solver import Table
+from autoquant.search.structural import additive_costs
 from autoquant.search.trial import Against, Context, Limits, Pick, Say, run_trial, silent
 
 if TYPE_CHECKING:
@@ -132,7 +134,8 @@ class Study:
     A finished trial is a line of trials.jsonl, synced to disk before Optuna hears of it; the
     file is the record, the storage the sampler's memory. ``first``: candidates that a new
     study runs before its sampler proposes any, each with what proposes it. ``priors``: tables
-    of divergences for the default sampler, by name. Old trials count under the limits of now.
+    of divergences for the default sampler, by name; ``structures``: the costs of options that
+    have one and are no layer's (`structural_costs`). Old trials count under the limits of now.
     """
 
     def __init__(
@@ -143,6 +146,7 @@ class Study:
         first: Callable[[], Sequence[tuple[str, Candidate]]] | None = None,
         priors: Mapping[str, Table] | None = None,
         say: Say = silent,
+        structures: Mapping[str, Sequence[Cost]] | None = None,
     ) -> None:
         import optuna
 
@@ -155,6 +159,7 @@ class Study:
         self.free = {n: c for n, c in self.dimensions.items() if len(c) > 1}
         self.fixed = {n: c[0] for n, c in self.dimensions.items() if len(c) == 1}
         self.priors = {} if priors is None else dict(priors)
+        self.structures = {} if structures is None else dict(structures)
         told = read_trials(self.path, say) if resume else []
         self.results = [_judged(r, context.limits) for r in told]
         self.seen = {r.candidate.key: r.trial for r in self.results}
@@ -270,11 +275,12 @@ class Study:
         by_metric = self.settings.signal == "metric"
         additive = [(i, n) for i, n in enumerate(objectives) if n in _ADDITIVE]
         if not additive:  # solve for bytes where no objective is a sum over layers
-            additive = [(next(i for i, n in enumerate(objectives) if n != "accuracy"), "")]
+            index = next(i for i, n in enumerate(objectives) if n != "accuracy")
+            additive = [(index, "weight_bytes")]
         return SurrogateSampler(
             space={n: IntDistribution(0, len(c) - 1) for n, c in self.free.items()},
-            priors=[{n: t[n] for n in self.free if n in t} for t in self.priors.values()],
-            costs={i: context.additive_cost(name) for i, name in additive},
+            priors=[self._reached(table) for table in self.priors.values()],
+            costs={i: additive_costs(context, self.structures, name) for i, name in additive},
             known=lambda p: [
                 None if n == "accuracy" else float(getattr(self._cost(self._built(p)), n))
                 for n in objectives
@@ -287,6 +293,15 @@ class Study:
             seed=self.settings.seed,
         )
 
+    def _reached(self, table: Table) -> dict[str, Sequence[float]]:
+        """A prior as the sampler takes it. Its budgets end below what has no loss, which for
+        layers is float; a structure left as it is has one too small to count."""
+        return {
+            n: table[n] if n in self.context.choices else [max(v, FLOOR) for v in table[n]]
+            for n in self.free
+            if n in table
+        }
+
     def _built(self, params: Mapping[str, int]) -> Candidate:
         """The candidate of one index a dimension, with ties and forbidden pairs kept."""
         picked = {n: c[params[n]] for n, c in self.free.items()}
@@ -294,7 +309,10 @@ class Study:
         return self._allowed(candidate_of(found))
 
     def _allowed(self, candidate: Candidate) -> Candidate:
+        """With ties and forbidden pairs kept, and no structure beside a student."""
         context = self.context
+        if candidate.student:
+            candidate = replace(candidate, pruning={}, rank={}, drop=())
         return conform(candidate, context.choices, context.tied, context.forbidden)
 
     def recorded(self) -> list[TrialResult]:

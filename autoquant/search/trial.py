@@ -153,10 +153,12 @@ class Context:
     rounds_by_moments: bool = True
     gpus: float = 0.0
 
-    def second(self, session: Session) -> float:
-        """The divergence of an artifact's outputs on the second set of inputs, the probe."""
-        outputs = _probed(session, self.probe, self.evaluator)
-        return divergence(self.expected, outputs, self.evaluator.metric == "top1")
+    def second(self, session: Session, rows: int | None = None) -> float:
+        """The divergence of an artifact's outputs on the second set of inputs, the probe, or on
+        the first ``rows`` of it."""
+        probe = tuple(array[:rows] for array in self.probe)
+        outputs = _probed(session, probe, self.evaluator)
+        return divergence(self.expected[:rows], outputs, self.evaluator.metric == "top1")
 
     def variant(self, candidate: Candidate) -> Variant:
         """The float network of a candidate's structure. Raises CandidateError."""
