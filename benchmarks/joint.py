@@ -1,6 +1,6 @@
 """One search over bits, pruning and training beside searches of one thing and a chain of two.
 
-    python benchmarks/joint.py [--seeds 3] [--trials 36] [--steps 40 160]   # 20 minutes a seed
+    python benchmarks/joint.py [--seeds 3] [--trials 30] [--steps 40 160]   # 20 minutes a seed
 
 ResNet-20, objectives accuracy, latency and size, the same trials and the same training steps for
 each: ``bits`` (`mixed`), ``pruning`` (channel groups, all layers at 8/8), ``chain`` (half of both
@@ -146,7 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--trials", type=int, default=36)
+    parser.add_argument("--trials", type=int, default=30)
     parser.add_argument("--steps", type=int, nargs=2, default=[40, 160])
     options = parser.parse_args()
     import torch
