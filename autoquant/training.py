@@ -47,8 +47,9 @@ class TrainingSettings:
     a longer run continues a shorter one), ``cosine``, ``step`` (a tenth at 60 %, a hundredth
     at 85 %), ``constant``.
     ``quantizer``: ``lsq`` learns the step sizes of weights and activations (Esser et al.
-    2020), ``ste`` keeps them (Bengio et al. 2013). ``batch_norm``: whether a module that is
-    fine-tuned keeps its running statistics (``frozen``); graphs have theirs folded.
+    2020), ``ste`` keeps them (Bengio et al. 2013). ``batch_norm``: ``frozen`` is folded into the
+    weights that train; ``live`` gives the convolutions of a candidate whose layers are all
+    float their normalization back, by the batches that it trains on, and folds it afterwards.
     ``teacher``: the ``float`` network, the one that the ``task`` names, the running average of
     the network in training (``self``, Tarvainen & Valpola 2017), a second network that learns
     beside it (``mutual``, Zhang et al. 2018: its own form at 8 bits, or float where it is

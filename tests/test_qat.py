@@ -15,7 +15,7 @@ from autoquant.candidate import Candidate, LayerChoice
 from autoquant.compress import compress
 from autoquant.compress.qat import Quantized, Trained, train, train_pair
 from autoquant.compress.qdq import resolve
-from autoquant.compress.train import History, responses
+from autoquant.compress.train import GraphNetwork, History, responses
 from autoquant.errors import CandidateError, ModelError
 from autoquant.search.trial import Context
 
@@ -293,3 +293,54 @@ def test_the_bank_and_the_calibration_that_were_given_stay(
     trained(prepared, tmp_path, found)
     after = compress(prepared.graph, found, prepared.calibration, prepared.bank, FLOAT_TYPE).model
     assert before == after and replace(found) == found
+
+
+def damaged(prepared: Context) -> Context:
+    """With half of each channel's weights gone, so that there is something to learn."""
+    found = prepared.graph
+    generator = np.random.default_rng(3)
+    arrays = {}
+    for layer in found.layers[:-1]:
+        weight = found.array(layer.weight)
+        arrays[layer.weight] = weight * (generator.random(weight.shape) < 0.5)
+    return replace(prepared, graph=found.with_arrays(arrays))
+
+
+def test_a_float_candidate_trains_with_its_normalization_back(
+    prepared: Context, tmp_path: Path
+) -> None:
+    """By the statistics of its batches; folded again, the file computes what training left."""
+    broken, seen = damaged(prepared), []
+    found = candidate((32, 32), alpha=1.0, temperature=1.0, batch_norm="live", steps=150)
+
+    def watch(step: int, steps: int, weights: Any) -> None:
+        seen.append({name: w.detach().clone() for name, w in weights.items()})
+
+    made = trained(broken, tmp_path, found, teacher=GraphNetwork(prepared.graph), adjust=watch)
+    assert [x.name for x in made.graph.layers] == [x.name for x in broken.graph.layers]
+    assert set(seen[0]) == {x.name for x in broken.graph.layers} and len(seen) == 151
+    before = Trained(broken.graph, broken.calibration, broken.bank, History())
+    assert gap(prepared, made, found) < 0.5 * gap(prepared, before, found)
+    again = trained(broken, tmp_path, found, teacher=GraphNetwork(prepared.graph))
+    assert np.array_equal(outputs(made, found), outputs(again, found))
+    first = broken.graph.layers[0]  # what was folded is not what was trained
+    assert not np.allclose(made.graph.array(first.weight), seen[-1][first.name].numpy(), rtol=1e-3)
+
+
+def test_live_normalization_continues_follows_hints_and_is_for_float_alone(
+    prepared: Context, tmp_path: Path
+) -> None:
+    broken = damaged(prepared)
+    settings = {"batch_norm": "live", "hints": [LAYERS[1]], "learning_rate": 0.003}
+    short = candidate((32, 32), **{**settings, "steps": 20})
+    long = candidate((32, 32), **{**settings, "steps": 60})
+    trained(broken, tmp_path, short, checkpoints=tmp_path)
+    made = trained(broken, tmp_path, long, checkpoints=tmp_path)
+    whole = trained(broken, tmp_path, long)
+    assert made.history.resumed > 0
+    np.testing.assert_allclose(outputs(made, long), outputs(whole, long), rtol=1e-4, atol=1e-5)
+    frozen, live = (
+        trained(broken, tmp_path, candidate((8, 8), batch_norm=kind)) for kind in ("frozen", "live")
+    )
+    eight = candidate((8, 8))
+    assert np.array_equal(outputs(frozen, eight), outputs(live, eight))

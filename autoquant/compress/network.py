@@ -8,6 +8,7 @@ data, so that training normalizes by its batches, and is folded again into the t
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,14 @@ from torch.nn import functional
 
 from autoquant.calibration import Calibration
 from autoquant.compress.blocks import Unsupported, apply
+from autoquant.compress.train import ModuleNetwork
 from autoquant.errors import ModelError
 from autoquant.graph import Graph, attributes
 from autoquant.task import Array
 
 _EPSILON = 1e-5
 _MOMENTUM = 0.1
+_LEAST = 1e-3  # size of a parameter, for its learning rate
 
 
 class Network(torch.nn.Module):
@@ -56,6 +59,7 @@ class Network(torch.nn.Module):
             if layer.kind == "Conv" and found is not None and uses[layer.weight] == 1:
                 self.norms[_key(layer.node)] = _norm(*_output(graph, layer.name, found))
         last = {name: i for i, node in enumerate(graph.nodes) for name in node.input}
+        self.kept: dict[str, torch.Tensor | None] = {}  # tensors that the next run leaves here
         self.done: dict[int, list[str]] = {}
         for name, index in last.items():
             if name in graph.producer and name not in graph.outputs:
@@ -79,7 +83,10 @@ class Network(torch.nn.Module):
                     f"the torch form of the network has no operator for {error} ({node.name!r})"
                 ) from None
             key = _key(index)
-            values[node.output[0]] = self.norms[key](found) if key in self.norms else found
+            found = self.norms[key](found) if key in self.norms else found
+            values[node.output[0]] = found
+            if node.output[0] in self.kept:
+                self.kept[node.output[0]] = found
             for name in self.done.get(index, ()):
                 del values[name]
         outputs = tuple(values[name] for name in self.graph.outputs)
@@ -111,6 +118,45 @@ class Network(torch.nn.Module):
             else:
                 model.graph.initializer.append(proto)
         return model
+
+
+class Normalized(ModuleNetwork):
+    """A graph whose batch normalization is back, to be trained by `train.fit`: it normalizes by
+    the batches that it trains on. Taps and weights are the graph's layers; a learning rate
+    counts in units of each parameter's own size, as in quantization-aware training."""
+
+    def __init__(self, module: Network) -> None:
+        super().__init__(module, "live")
+        self.network, self.graph = module, module.graph
+
+    def __call__(self, inputs: tuple[Any, ...], taps: Sequence[str]) -> tuple[Any, dict[str, Any]]:
+        """See `train.Network`."""
+        tensors = {name: self.graph.by_name[name].output for name in taps}
+        self.network.kept = dict.fromkeys(tensors.values())
+        output = self.network(*inputs)
+        found = {name: self.network.kept[tensor] for name, tensor in tensors.items()}
+        self.network.kept = {}
+        return (output if hasattr(output, "shape") else output[0]), found
+
+    def groups(self) -> list[dict[str, Any]]:
+        """A group a parameter."""
+        return [
+            {"params": [p], "unit": max(_rms(p), _LEAST), "decays": p.ndim > 1}
+            for p in self.network.parameters()
+        ]
+
+    def weights(self) -> dict[str, Any]:
+        """See `train.Network`."""
+        network = self.network
+        return {x.name: network.weights[network.names[x.weight]] for x in self.graph.layers}
+
+    def layers(self) -> list[str]:
+        """See `train.Network`."""
+        return [layer.name for layer in self.graph.layers]
+
+
+def _rms(parameter: torch.Tensor) -> float:
+    return float(parameter.detach().square().mean().sqrt())
 
 
 def _axis(node: onnx.NodeProto) -> int:

@@ -42,7 +42,7 @@ from autoquant.compress.rounding import integer_range
 from autoquant.compress.sparsity import gradual, keep_mask, kmeans
 from autoquant.compress.train import Adjust, GraphNetwork, History, Network, fit, teacher_of
 from autoquant.graph import Graph, Layer, clamp_bounds
-from autoquant.task import Array, Task
+from autoquant.task import Array, Task, to_numpy
 from autoquant.training import TrainingSettings
 
 if TYPE_CHECKING:
@@ -556,8 +556,17 @@ def train(
     ``teacher``, ``adjust``, ``checkpoints``: as in `finetune`; the teacher is ``graph`` itself
     where none is given. Raises CandidateError, TaskError, ModelError.
     """
+    from autoquant.compress.network import Network as TorchForm
+    from autoquant.compress.network import Normalized
+
     settings = TrainingSettings.from_dict(candidate.training)
     found = teacher_of(task, settings, teacher or GraphNetwork(graph))
+    if settings.batch_norm == "live" and settings.teacher != "mutual" and _is_plain(candidate):
+        module = TorchForm(graph, calibration)
+        if module.norms:
+            history = fit([Normalized(module)], found, task, settings, adjust, checkpoints)
+            inputs = [to_numpy(value) for value in task.example_inputs]
+            return Trained(Graph.read(module.model(), inputs), calibration, bank.overlay(), history)
 
     def network(chosen: Candidate) -> Quantized:
         return Quantized(graph, chosen, calibration, bank, dialect, settings.quantizer)
@@ -576,6 +585,11 @@ def train(
         networks.append(network(peer_of(graph, candidate)))
     history = fit(networks, found, task, settings, adjusted, checkpoints)
     return Trained(*networks[0].result(), history)
+
+
+def _is_plain(candidate: Candidate) -> bool:
+    """Whether every layer is float, with no zeros to keep."""
+    return all(c.is_float and not c.sparsity for c in candidate.layers.values())
 
 
 def train_pair(
