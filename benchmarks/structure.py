@@ -110,13 +110,14 @@ def transforms(names: Sequence[str]) -> dict[str, Any]:
     return {"transforms": found}
 
 
-STEPS = {"half": 5000, "low rank": 1500}
+STEPS = {"half": 4000, "low rank": 1000}
 TRAINING = {
     "optimizer": "adam",
     "learning_rate": 0.01,
     "batch_size": 128,
     "alpha": 0.9,
     "temperature": 4.0,
+    "batch_norm": "live",
 }
 
 
