@@ -63,7 +63,7 @@ def test_training_brings_the_artifact_closer_to_the_teacher(
     found = candidate(bits, alpha=1.0, temperature=1.0, quantizer=quantizer, steps=150)
     found = replace(found, training={**(found.training or {}), "learning_rate": 0.003})
     made = trained(prepared, tmp_path, found)
-    assert gap(prepared, made, found) < 0.8 * gap(prepared, None, found)
+    assert gap(prepared, made, found) < 0.9 * gap(prepared, None, found)
     assert made.history.losses[-1][1] < made.history.losses[0][1]
 
 
@@ -196,7 +196,7 @@ def test_pruned_and_clustered_weights_train_as_they_are_stored(
 ) -> None:
     found = sparse(choice)
     made = trained(prepared, tmp_path, found)
-    assert gap(prepared, made, found) < 0.8 * gap(prepared, None, found)
+    assert gap(prepared, made, found) < 0.9 * gap(prepared, None, found)
     for name in ("first", "second"):
         values = made.bank.overrides[name].values
         if choice.sparsity == "2:4":
