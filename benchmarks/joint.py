@@ -27,10 +27,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from record import RESULTS, record
 
 import autoquant
+from autoquant.compress.lower import lower
+from autoquant.cost.table import extended, from_profile, to_profile
 from autoquant.front import Front, box_of, hypervolume
+from autoquant.hardware import load_hardware
 from autoquant.space import Space
 from autoquant.task import Task
 
@@ -68,11 +72,18 @@ class Run:
             autoquant.profile(self.task, self.hardware, space=whole)
         self.steps = 0
 
-    def search(self, name: str, space: Space, trials: int, task: Task | None = None) -> Front:
+    def search(
+        self,
+        name: str,
+        space: Space,
+        trials: int,
+        task: Task | None = None,
+        hardware: Path | None = None,
+    ) -> Front:
         front = autoquant.search(
             task or self.task,
             space=space,
-            hardware=str(self.hardware),
+            hardware=str(hardware or self.hardware),
             objectives=OBJECTIVES,
             trials=trials,
             name=f"{name}-{self.seed}",
@@ -95,9 +106,18 @@ class Run:
         assert first.folder is not None
         file = first.folder / str(chosen.artifact)
         task = replace(self.task, model=file, teacher=self.task.model)
+        known = load_hardware(str(self.hardware))
+        assert known.model is not None
+        model = from_profile(known.model, 1, 1)
+        model = extended(model, lower(task), lower(self.task))  # as for structures in `joint`
+        device = self.folder / "device-chain.yaml"
+        changed = known.model_copy(update={"model": to_profile(model)})
+        fields = changed.model_dump(mode="json", exclude_defaults=True)
+        device.write_text(yaml.safe_dump(fields))
         found = space("bits", rule, False, steps)
         training = found.training.model_copy(update={"teacher": ("task",)})
-        return self.search("chain", found.model_copy(update={"training": training}), half, task)
+        whole = found.model_copy(update={"training": training})
+        return self.search("chain", whole, half, task, device)
 
 
 def points(front: Front) -> np.ndarray:
