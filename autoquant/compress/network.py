@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from autoquant.calibration import Calibration
 from autoquant.compress.blocks import Unsupported, apply
-from autoquant.compress.train import ModuleNetwork
+from autoquant.compress.train import ModuleNetwork, first
 from autoquant.errors import ModelError
 from autoquant.graph import Graph, attributes
 from autoquant.task import Array
@@ -136,7 +136,7 @@ class Normalized(ModuleNetwork):
         output = self.network(*inputs)
         found = {name: self.network.kept[tensor] for name, tensor in tensors.items()}
         self.network.kept = {}
-        return (output if hasattr(output, "shape") else output[0]), found
+        return (output if hasattr(output, "shape") else first(output)), found
 
     def groups(self) -> list[dict[str, Any]]:
         """A group a parameter."""

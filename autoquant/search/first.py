@@ -44,13 +44,13 @@ def first_candidates(
     ``structures``, a handful over bits and structures together."""
     uniform = uniform_candidates(context.choices)
     found = [*start, *(("uniform", c) for c in uniform)]
-    found += [("solver", c) for c in within_limits(context, mean_of(priors))]
-    widest = [c for c in uniform if not all(x.is_float for x in c.layers.values())][:1]
-    for base in widest if context.options else ():
-        found += [("uniform", c) for c in structural_starts(base, context.options)]
-    tables = [(mean_of(priors), 14, 8)]
+    mean, widest = mean_of(priors), _widest(uniform)
+    found += [("solver", c) for c in within_limits(context, mean)]
+    if context.options and widest is not None:
+        found += [("uniform", c) for c in structural_starts(widest, context.options)]
+    tables = [(mean, 14, 8)]
     if len(priors) > 1:
-        tables = [(mean_of(priors), 10, 6), *((t, 5, 3) for t in list(priors.values())[:3])]
+        tables = [(mean, 10, 6), *((t, 5, 3) for t in list(priors.values())[:3])]
     beside = {n: o for n, o in context.options.items() if n == IMPORTANCE}
     beside |= structural_dimensions(context)
     for index, (table, by_size, by_latency) in enumerate(tables):
@@ -73,6 +73,11 @@ def first_candidates(
     for origin, candidate in found:
         unique.setdefault(candidate, origin)
     return [(origin, candidate) for candidate, origin in unique.items()]
+
+
+def _widest(uniform: Sequence[Candidate]) -> Candidate | None:
+    """The first of uniform candidates that is not float; None where all are."""
+    return next((c for c in uniform if not all(x.is_float for x in c.layers.values())), None)
 
 
 def between(context: Context) -> list[Boundary]:
@@ -106,7 +111,7 @@ def within_limits(context: Context, prior: Table) -> list[Candidate]:
     if not names:
         return []
     uniform = uniform_candidates(context.choices)
-    base = next((c for c in uniform if not all(x.is_float for x in c.layers.values())), uniform[0])
+    base = _widest(uniform) or uniform[0]
     exact, paid = context.predict(base), between(context)
     costs = {n: context.additive_cost(n) for n in names}
     budgets = {}
