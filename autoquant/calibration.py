@@ -551,8 +551,8 @@ def _columns(layer: Layer, found: dict[str, Any], x: Any, most: int) -> Any:
     step = max(1, int((total / most) ** (1 / rank)))
     x = x[(slice(None), slice(None), *[slice(step // 2, None, step)] * rank)]
     out = x.shape[2 : 2 + rank]
-    x = x.reshape(n, group, x.shape[1] // group, int(np.prod(out)), int(np.prod(kernel)))
-    columns = x.permute(1, 2, 4, 0, 3).reshape(group, -1, n * int(np.prod(out)))
+    kernels, places = range(2 + rank, 2 + 2 * rank), range(2, 2 + rank)
+    columns = x.permute(1, *kernels, 0, *places).reshape(group, -1, n * int(np.prod(out)))
     return columns if columns.dtype == torch.float32 else columns.float()
 
 
