@@ -278,6 +278,7 @@ class TrainingRanges(document.Document):
     temperature: Values = ()
     hint_weight: Values = ()
     relation_weight: Values = ()
+    mixup: Values = ()
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

@@ -32,6 +32,7 @@ _RANGES: dict[str, tuple[float, float]] = {  # lowest and highest value, both al
     "alpha": (0, 1),
     "hint_weight": (0, 1e6),
     "relation_weight": (0, 1e6),
+    "mixup": (0, 100),
     "seed": (0, 2**31 - 1),
 }
 _WHOLE = ("steps", "batch_size", "seed")
@@ -57,7 +58,10 @@ class TrainingSettings:
     ``temperature``, in the loss; the rest is the targets' (Hinton et al. 2015). ``hints``:
     layers whose outputs follow the teacher's through a learned projection (Romero et al.
     2015), ``NAME`` or ``NAME=TEACHER'S NAME``, with ``hint_weight``. ``relation_weight``: of
-    the distances between the outputs of a batch's samples (Park et al. 2019).
+    the distances between the outputs of a batch's samples (Park et al. 2019). ``mixup``: above
+    0, a network learns from sums of two samples, in shares drawn anew for each minibatch from
+    Beta(mixup, mixup) (Zhang et al. 2018): with a teacher, data that it was not trained on
+    (Beyer et al. 2022).
     """
 
     steps: int = 0
@@ -75,6 +79,7 @@ class TrainingSettings:
     hints: tuple[str, ...] = ()
     hint_weight: float = 1.0
     relation_weight: float = 0.0
+    mixup: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:

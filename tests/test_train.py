@@ -121,12 +121,47 @@ def test_relations_bring_the_distances_between_samples_closer() -> None:
     assert gap(20.0) < 0.7 * gap(0.0)
 
 
+def test_mixup_learns_from_sums_of_samples_and_of_their_losses() -> None:
+    teacher, seen = net(0), []
+    plain = settings(steps=1, mixup=1.0, teacher="none")
+
+    def loss(output: Any, target: Any) -> Any:
+        seen.append(target)
+        return torch.nn.functional.cross_entropy(output, target)
+
+    trained(plain, task=task(loss=loss))
+    first, second = seen
+    assert torch.equal(first.sort().values, second.sort().values) and not torch.equal(first, second)
+    found = settings(steps=80, alpha=1.0, mixup=1.0)
+    assert same(trained(found, teacher=teacher), trained(found, teacher=teacher))
+    without = trained(settings(steps=80, alpha=1.0), teacher=teacher)
+    assert not same(trained(found, teacher=teacher), without)
+    assert distance(trained(found, teacher=teacher), teacher) < 0.7 * distance(net(1), teacher)
+
+
 def test_hints_reach_a_teacher_of_another_width() -> None:
     teacher = net(0, width=9)
     loss = settings(steps=60, alpha=0.0, hints=("conv",), hint_weight=1.0, relation_weight=0.0)
     module = net(1)
     history = finetune(module, task(loss=lambda y, _: 0.0 * y.sum()), loss, teacher=teacher)
     assert history.losses[-1][1] < 0.7 * history.losses[0][1]
+
+
+def test_mixup_of_inputs_that_cannot_be_added_is_an_error() -> None:
+    class Table(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.nn.Embedding(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.table(x).mean(1)
+
+    tokens = np.zeros((16, 5), np.int64)
+    found = task(
+        model=Table(), example_inputs=(tokens[:1],), train=[(tokens, np.zeros(16, np.int64))]
+    )
+    with pytest.raises(CandidateError, match=r"mixup adds inputs, which are torch\.int64"):
+        finetune(Table(), found, settings(mixup=1.0, teacher="none"))
 
 
 @pytest.mark.parametrize("teacher", ["self", "mutual"])

@@ -37,6 +37,7 @@ _CHECKED = 20  # steps between looks at the loss
 
 Say = Callable[[str], None]
 Adjust = Callable[[int, int, Mapping[str, Any]], None]
+Targets = Sequence[tuple[float, Any]]  # of a minibatch, with their shares of the loss
 
 
 class Network(Protocol):
@@ -379,6 +380,7 @@ class _Loop:
             for group in self.optimizer.param_groups:
                 group["lr"] = group["peak"] * settings.rate(step, self.steps)
             self._adjust(step)
+            inputs, targets = self._mixed(step, inputs, targets)
             with self._cast():
                 taught = self._taught(inputs) if self.has_teacher else None
             with self._cast():  # of its own: weights that were cast are kept in it
@@ -429,6 +431,25 @@ class _Loop:
             with torch.no_grad():
                 self.adjust(step, self.steps, self.networks[0].weights())
 
+    def _mixed(self, step: int, inputs: tuple[Any, ...], targets: Any) -> tuple[Any, Targets]:
+        """The minibatch plus itself in another order, as ``mixup`` says. Raises CandidateError."""
+        import torch
+
+        if not self.settings.mixup:
+            return inputs, [(1.0, targets)]
+        generator = np.random.default_rng((self.settings.seed, step))
+        share = float(generator.beta(self.settings.mixup, self.settings.mixup))
+        order = torch.from_numpy(generator.permutation(len(targets)))
+        made = []
+        for x in inputs:
+            if not x.is_floating_point():
+                raise CandidateError(
+                    f"training: mixup adds inputs, which are {x.dtype} here; leave mixup out"
+                )
+            other = x.unflatten(0, (len(targets), -1))[order].flatten(0, 1)
+            made.append(x * share + other * (1 - share))
+        return tuple(made), [(share, targets), (1 - share, targets[order])]
+
     # losses
 
     def _taught(self, inputs: tuple[Any, ...]) -> tuple[Any, dict[str, Any]]:
@@ -444,7 +465,7 @@ class _Loop:
                 return self.networks[0](inputs, taps)
 
     def _loss(
-        self, inputs: tuple[Any, ...], targets: Any, taught: tuple[Any, dict[str, Any]] | None
+        self, inputs: tuple[Any, ...], targets: Targets, taught: tuple[Any, dict[str, Any]] | None
     ) -> Any:
         settings = self.settings
         taps = [a for a, _ in self.hints]
@@ -475,20 +496,23 @@ class _Loop:
             total = total + settings.hint_weight * ((projected - wanted) ** 2).mean() / unit
         return total
 
-    def _has_loss(self, output: Any, targets: Any) -> bool:
+    def _has_loss(self, output: Any, targets: Targets) -> bool:
         """Whether targets say how good outputs are."""
         given = self.task.loss is not None or self.task.metric == "top1"
-        return given or output.shape == targets.shape
+        return given or output.shape == targets[0][1].shape
 
-    def _of_targets(self, output: Any, targets: Any, share: float) -> Any:
+    def _of_targets(self, output: Any, targets: Targets, share: float) -> Any:
+        return sum(share * part * self._of(output, target) for part, target in targets)
+
+    def _of(self, output: Any, target: Any) -> Any:
         from torch.nn import functional
 
         if self.task.loss is not None:
-            return share * self.task.loss(output, targets)
+            return self.task.loss(output, target)
         if self.task.metric == "top1":
-            return share * functional.cross_entropy(output, targets.long())
-        if self._has_loss(output, targets):
-            return share * functional.mse_loss(output, targets.to(output.dtype))
+            return functional.cross_entropy(output, target.long())
+        if output.shape == target.shape:
+            return functional.mse_loss(output, target.to(output.dtype))
         raise TaskError(
             f"task {self.task.name!r}: no loss follows from its targets; give Task(…, loss=…), or "
             "train with a teacher"
