@@ -110,13 +110,14 @@ def transforms(names: Sequence[str]) -> dict[str, Any]:
     return {"transforms": found}
 
 
-STEPS = {"half": 4000, "low rank": 1000}
+STEPS = {"half": 8000, "low rank": 3000}
 TRAINING = {
     "optimizer": "adam",
     "learning_rate": 0.01,
-    "batch_size": 128,
-    "alpha": 0.9,
+    "batch_size": 64,
+    "alpha": 1.0,
     "temperature": 4.0,
+    "mixup": 1.0,
     "batch_norm": "live",
 }
 

@@ -140,14 +140,14 @@ def test_what_would_take_too_long_has_no_prior(
 def test_what_cannot_be_made_has_no_prior(
     context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = structural._made
+    made = structural._alone
 
     def broken(context: Context, name: str, option: Any) -> Any:
         if name == "drop:blocks.2":
             raise CandidateError("no such block")
         return made(context, name, option)
 
-    monkeypatch.setattr(structural, "_made", broken)
+    monkeypatch.setattr(structural, "_alone", broken)
     found = structural_sensitivity(context)
     assert found.notes == ("no prior for drop:blocks.2: no such block",)
     assert set(found.table) == set(structural_dimensions(context)) - {"drop:blocks.2"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from test_channels import IMAGE, convolutions
 from test_prune import evidence
 
 from autoquant.candidate import FLOAT, Candidate, LayerChoice
+from autoquant.compress.qdq import resolve
 from autoquant.compress.structure import drop, droppable, structured, to_dict
 from autoquant.cost.table import TableModel, signature
 from autoquant.errors import CandidateError, SpaceError, TaskError
@@ -47,6 +49,27 @@ def test_pruning_and_rank_together_keep_names_and_outputs() -> None:
     assert run(graph.model, IMAGE)[0].shape == run(convolutions().model, IMAGE)[0].shape
     again = structured(convolutions(), candidate, evidence(), [IMAGE]).graph
     assert again.fingerprint == graph.fingerprint
+
+
+@pytest.mark.parametrize(
+    "candidate",
+    [
+        Candidate(pruning={"inner": 0.5, "stem": 0.5}, rank={"back": 4, "left": 3}),
+        Candidate(rank={"back": "cp:5", "left": 2}),
+        Candidate(rank={"back": "separable"}, pruning={"inner": 0.25}, importance="activation"),
+    ],
+    ids=["pruned and Tucker", "polyadic", "separable"],
+)
+def test_without_fits_only_the_weights_differ(candidate: Candidate) -> None:
+    real = structured(convolutions(), candidate, evidence(), [IMAGE])
+    quick = structured(convolutions(), candidate, evidence(), [IMAGE], fitted=False)
+    assert quick.pieces == real.pieces
+    assert [n.op_type for n in quick.graph.nodes] == [n.op_type for n in real.graph.nodes]
+    for one, other in zip(quick.graph.layers, real.graph.layers, strict=True):
+        assert replace(one, bias=None) == replace(other, bias=None)
+        assert (one.bias is None) == (other.bias is None)
+    shapes = {n: t.shape for n, t in real.graph.tensors.items()}
+    assert {n: t.shape for n, t in quick.graph.tensors.items()} == shapes
 
 
 def test_a_rank_that_pruning_leaves_no_room_for_changes_nothing() -> None:
@@ -242,6 +265,9 @@ def test_a_structural_trial_is_smaller_and_scored(context: Context) -> None:
     quick = context.predict(candidate)
     assert quick.macs == found.predicted.macs
     assert quick.size_bytes == pytest.approx(found.predicted.size_bytes, rel=0.1)
+    real = context.variant(candidate)
+    choices = resolve(real.graph, real.structured.choices(candidate))
+    assert quick == real.estimate.predict(choices)
 
 
 def test_a_structure_is_built_the_same_each_time_and_elsewhere(context: Context) -> None:

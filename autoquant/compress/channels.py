@@ -77,6 +77,7 @@ class Channels:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         trace = _Trace(graph)
+        self.labels = len(trace.parent)
         self.axes = {name: [trace.roots(a) for a in axes] for name, axes in trace.axes.items()}
 
     @cached_property
@@ -120,8 +121,9 @@ class Channels:
 
     def kept(self, name: str, gone: Collection[int]) -> list[Array]:
         """For each axis of a tensor or initializer, whether each index stays."""
-        removed = np.fromiter(gone, np.int64, len(gone))
-        return [~np.isin(labels, removed) for labels in self.axes[name]]
+        stays = np.ones(self.labels, bool)
+        stays[list(gone)] = False
+        return [stays[labels] for labels in self.axes[name]]
 
     def without(self, gone: Collection[int]) -> onnx.ModelProto:
         """The graph's model without what has these labels; other weights are unchanged."""

@@ -138,11 +138,15 @@ class _Piece:
 
 
 def factorize(
-    graph: Graph, rank: Mapping[str, int | str], moments: Mapping[str, Moments]
+    graph: Graph,
+    rank: Mapping[str, int | str],
+    moments: Mapping[str, Moments],
+    fitted: bool = True,
 ) -> tuple[onnx.ModelProto, dict[str, tuple[str, ...]]]:
     """The graph's model with layers factorized, and by layer the names of its pieces.
 
-    Raises CandidateError for an unknown layer and a rank that the layer cannot take.
+    ``fitted``: else the pieces have any weights, for costs. Raises CandidateError for an unknown
+    layer and a rank that the layer cannot take.
     """
     model = onnx.ModelProto()
     model.CopyFrom(graph.model)
@@ -155,10 +159,11 @@ def factorize(
             raise CandidateError(f"unknown layer {name!r} in rank; {nearest(name, graph.by_name)}")
         layer = graph.by_name[name]
         check(layer, value)
-        found = moments.get(name)
-        pieces = _pieces(graph, layer, value)
-        last, shift = _fit(graph, layer, pieces, found)
-        pieces[-1] = _Piece(last, pieces[-1].attributes)
+        pieces = _pieces(graph, layer, value, fitted)
+        shift = np.zeros(layer.channels)
+        if fitted:
+            last, shift = _fit(graph, layer, pieces, moments.get(name))
+            pieces[-1] = _Piece(last, pieces[-1].attributes)
         node = model.graph.node[layer.node]
         bias = layer.bias
         if bias is not None and uses.count(bias) == 1:
@@ -195,47 +200,69 @@ def factorize(
     return model, names
 
 
-def _pieces(graph: Graph, layer: Layer, rank: int | str) -> list[_Piece]:
-    """Weights in the layer's own layout; the last is still to be fitted."""
+def _layout(
+    layer: Layer, found: Mapping[str, Any], rank: int | str
+) -> list[tuple[tuple[int, ...], Mapping[str, Any]]]:
+    """Weight shapes in the layer's own layout, and attributes, of the pieces in their order;
+    ``found``: the layer's attributes."""
+    outputs = layer.weight_shape[layer.channel_axis]
+    inputs = layer.weight_shape[1 - layer.channel_axis]
+    if layer.kind != "Conv":
+        plain = {k: v for k, v in found.items() if k == "transB"}
+        shapes = [(int(rank), inputs), (outputs, int(rank))]
+        return [(s if layer.channel_axis == 0 else s[::-1], plain) for s in shapes]
+    spatial = tuple(layer.weight_shape[2:])
+    one, ones = {"kernel_shape": [1] * len(spatial)}, (1,) * len(spatial)
+    if is_pointwise(layer):
+        count = int(rank)
+        return [((count, inputs, *ones), found), ((outputs, count, *ones), one)]
+    if rank == "separable":
+        depthwise = {**found, "group": inputs}
+        return [((inputs, 1, *spatial), depthwise), ((outputs, inputs, *ones), one)]
+    if isinstance(rank, str):
+        count = int(rank.partition(":")[2])
+        depthwise = {**found, "group": count}
+        return [
+            ((count, inputs, *ones), one),
+            ((count, 1, *spatial), depthwise),
+            ((outputs, count, *ones), one),
+        ]
+    after, before = min(rank, outputs), min(rank, inputs)
+    return [
+        ((before, inputs, *ones), one),
+        ((after, before, *spatial), found),
+        ((outputs, after, *ones), one),
+    ]
+
+
+def _pieces(graph: Graph, layer: Layer, rank: int | str, fitted: bool) -> list[_Piece]:
+    """The pieces, the last still to be fitted; without ``fitted`` they have any weights."""
     weight = graph.array(layer.weight).astype(np.float64)
-    found = attributes(graph.nodes[layer.node])
+    layout = _layout(layer, attributes(graph.nodes[layer.node]), rank)
+    if not fitted:
+        return [_Piece(np.resize(weight, shape), found) for shape, found in layout]
+    factors = _factors(layer, weight, rank)
+    made = [_Piece(f.reshape(shape), a) for f, (shape, a) in zip(factors, layout, strict=False)]
+    return [*made, _Piece(np.zeros(layout[-1][0]), layout[-1][1])]
+
+
+def _factors(layer: Layer, weight: Array, rank: int | str) -> list[Array]:
+    """The weights of all pieces but the last, in the order of their elements."""
     if layer.kind != "Conv":
         out = weight if layer.channel_axis == 0 else weight.T  # (outputs, inputs)
-        count = int(rank)
-        plain = {k: v for k, v in found.items() if k == "transB"}
-        first = _right(out, count)
-        pieces = [first, np.zeros((len(out), count))]
-        return [_Piece(p if layer.channel_axis == 0 else p.T, plain) for p in pieces]
-    spatial = weight.shape[2:]
-    one = {"kernel_shape": [1] * len(spatial)}
+        first = _right(out, int(rank))
+        return [first if layer.channel_axis == 0 else first.T]
     outputs, inputs = weight.shape[:2]
-    ones = (1,) * len(spatial)
     if is_pointwise(layer):
-        first = _right(weight.reshape(outputs, inputs), int(rank))
-        return [
-            _Piece(first.reshape(*first.shape, *ones), found),
-            _Piece(np.zeros((outputs, len(first), *ones)), one),
-        ]
+        return [_right(weight.reshape(outputs, inputs), int(rank))]
     if rank == "separable":
-        kernels = np.stack([_leading(weight[:, c].reshape(outputs, -1)) for c in range(inputs)])
-        return [
-            _Piece(kernels.reshape(inputs, 1, *spatial), {**found, "group": inputs}),
-            _Piece(np.zeros((outputs, inputs, *ones)), one),
-        ]
+        return [np.stack([_leading(weight[:, c].reshape(outputs, -1)) for c in range(inputs)])]
     if isinstance(rank, str):
         count = int(rank.partition(":")[2])
         _, b, c = _parafac(weight.reshape(outputs, inputs, -1), count)
-        return [
-            _Piece(b.T.reshape(count, inputs, *ones), one),
-            _Piece(c.T.reshape(count, 1, *spatial), {**found, "group": count}),
-            _Piece(np.zeros((outputs, count, *ones)), one),
-        ]
+        return [b.T, c.T]
     core, (_, before) = _tucker(weight, (min(rank, outputs), min(rank, inputs)))
-    return [
-        _Piece(before.T.reshape(before.shape[1], inputs, *ones), one),
-        _Piece(core, found),
-        _Piece(np.zeros((outputs, len(core), *ones)), one),
-    ]
+    return [before.T, core]
 
 
 def _right(matrix: Array, rank: int) -> Array:

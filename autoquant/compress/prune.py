@@ -42,6 +42,14 @@ class Evidence:
     seed: int = 0
     kept: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
+    @property
+    def channels(self) -> Channels:
+        """The channels of the graph."""
+        if "channels" not in self.kept:
+            self.kept["channels"] = Channels(self.graph)
+        found: Channels = self.kept["channels"]
+        return found
+
     def saliency(self, importance: str) -> Mapping[str, Array]:
         """Initializer → a saliency for each of its elements, for what `IMPORTANCES` names."""
         if importance not in self.kept:
@@ -252,11 +260,16 @@ def scores(channels: Channels, group: ChannelGroup, saliency: Mapping[str, Array
 
 
 def prune(
-    channels: Channels, pruning: Mapping[str, float], importance: str, evidence: Evidence
+    channels: Channels,
+    pruning: Mapping[str, float],
+    importance: str,
+    evidence: Evidence,
+    fitted: bool = True,
 ) -> tuple[set[int], onnx.ModelProto]:
     """The labels of the least important units of each group, and the graph's model without them.
 
-    Raises CandidateError for an unknown group and for a ratio that empties one.
+    ``fitted``: else weights are not, for costs (see `refitted`). Raises CandidateError for an
+    unknown group and for a ratio that empties one.
     """
     gone: set[int] = set()
     for name, ratio in pruning.items():
@@ -271,13 +284,19 @@ def prune(
                 scores(channels, group, evidence.saliency(importance)), kind="stable"
             )
             gone.update(group.labels[i] for i in order[:count])
-    return gone, refitted(channels, channels.without(gone), gone, evidence.moments)
+    model = channels.without(gone)
+    return gone, refitted(channels, model, gone, evidence.moments, fitted)
 
 
 def refitted(
-    channels: Channels, model: onnx.ModelProto, gone: set[int], moments: Mapping[str, Moments]
+    channels: Channels,
+    model: onnx.ModelProto,
+    gone: set[int],
+    moments: Mapping[str, Moments],
+    fitted: bool = True,
 ) -> onnx.ModelProto:
-    """Fit the layers that lost inputs to their old outputs (see above), in place."""
+    """Fit the layers that lost inputs to their old outputs (see above), in place; without
+    ``fitted`` they get the biases of that and no more."""
     graph = channels.graph
     protos = {proto.name: proto for proto in model.graph.initializer}
     nodes = {node.output[0]: node for node in model.graph.node}
@@ -290,16 +309,18 @@ def refitted(
         read = [k for i, k in enumerate(kept) if i != layer.channel_axis]
         if all(k.all() for k in read):
             continue
-        stays = np.ones(1, bool)
-        for part in read:
-            stays = np.logical_and.outer(stays, part).reshape(-1)
-        rows = _rows(graph, layer)[made]
-        fitted, shift = _fitted(rows, stays, *statistics(layer, found))
-        moved = _moved(protos[layer.weight].dims, layer)
-        weight = np.moveaxis(fitted.reshape(moved), 0, layer.channel_axis).astype(np.float32)
-        protos[layer.weight].CopyFrom(
-            numpy_helper.from_array(np.ascontiguousarray(weight), layer.weight)
-        )
+        shift = np.zeros(int(made.sum()))
+        if fitted:
+            stays = np.ones(1, bool)
+            for part in read:
+                stays = np.logical_and.outer(stays, part).reshape(-1)
+            rows = _rows(graph, layer)[made]
+            best, shift = _fitted(rows, stays, *statistics(layer, found))
+            moved = _moved(protos[layer.weight].dims, layer)
+            weight = np.moveaxis(best.reshape(moved), 0, layer.channel_axis).astype(np.float32)
+            protos[layer.weight].CopyFrom(
+                numpy_helper.from_array(np.ascontiguousarray(weight), layer.weight)
+            )
         if layer.bias:
             old = numpy_helper.to_array(protos[layer.bias])
             new = (old.astype(np.float64) + shift.reshape(old.shape)).astype(np.float32)

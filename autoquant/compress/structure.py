@@ -60,12 +60,18 @@ class Structured:
 
 
 def structured(
-    graph: Graph, candidate: Candidate, evidence: Evidence, example: Sequence[Array]
+    graph: Graph,
+    candidate: Candidate,
+    evidence: Evidence,
+    example: Sequence[Array],
+    fitted: bool = True,
 ) -> Structured:
     """The graph with the candidate's structure; the same each time, outputs of the same shape.
 
-    ``evidence``: of ``graph``, for saliencies and fits. Raises CandidateError: an unknown group,
-    layer or block (with the nearest name), a ratio that empties a group, a rank above the layer's.
+    ``evidence``: of ``graph``, for saliencies and fits. ``fitted``: else the weights are any, and
+    all shapes as they will be: enough for costs, in a fifth of the time. Raises CandidateError: an
+    unknown group, layer or block (with the nearest name), a ratio that empties a group, a rank
+    above the layer's.
     """
     names: dict[str, tuple[str, ...]] = {
         layer.name: (layer.name,) for layer in (*graph.layers, *graph.products)
@@ -74,24 +80,25 @@ def structured(
         if name not in graph.by_name:
             raise CandidateError(f"unknown layer {name!r} in rank; {nearest(name, graph.by_name)}")
         check(graph.by_name[name], rank)
-    _check_groups(graph, candidate)
+    if any(candidate.pruning.values()):
+        _check_groups(evidence.channels, candidate)
     changed, moments = graph, dict(evidence.moments)
     if candidate.drop:
         changed = Graph.read(drop(graph, candidate.drop), example)
         names = {n: p if n in changed.by_name else () for n, p in names.items()}
-    channels = Channels(changed)
+    channels = evidence.channels if changed is graph else Channels(changed)
     pruning = {n: r for n, r in candidate.pruning.items() if r and n in channels.groups}
     if pruning:
-        gone, model = prune(channels, pruning, candidate.importance, evidence)
+        gone, model = prune(channels, pruning, candidate.importance, evidence, fitted)
         moments = {
             layer.name: _left(moments[layer.name], channels, layer.name, gone)
             for layer in changed.layers
-            if layer.name in moments
+            if layer.name in moments and layer.name in candidate.rank and fitted
         }
         changed = Graph.read(model, example)
     ranks = {n: r for n, r in candidate.rank.items() if _shrinks(changed, n, r)}
     if ranks:
-        model, pieces = factorize(changed, ranks, moments)
+        model, pieces = factorize(changed, ranks, moments, fitted)
         changed = Graph.read(model, example)
         names |= pieces
     for output in graph.outputs:
@@ -103,13 +110,12 @@ def structured(
     return Structured(changed, names)
 
 
-def _check_groups(graph: Graph, candidate: Candidate) -> None:
-    if not any(candidate.pruning.values()):
-        return
-    known = Channels(graph).groups
+def _check_groups(channels: Channels, candidate: Candidate) -> None:
     for name in candidate.pruning:
-        if name not in known:
-            raise CandidateError(f"unknown channel group {name!r}; {nearest(name, known)}")
+        if name not in channels.groups:
+            raise CandidateError(
+                f"unknown channel group {name!r}; {nearest(name, channels.groups)}"
+            )
 
 
 def _shrinks(graph: Graph, name: str, rank: int | str) -> bool:

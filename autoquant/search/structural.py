@@ -37,7 +37,6 @@ from autoquant.search.sensitivity import (
     kept,
 )
 from autoquant.search.trial import Context, Say, float_model, silent
-from autoquant.search.variant import Variant
 
 KINDS = ("prune", "rank", "drop")
 ROWS = 256  # of the probe that structures run on: their divergences are large
@@ -194,10 +193,15 @@ def _amount(option: Any) -> float:
     return float(option)
 
 
+def _alone(context: Context, name: str, option: Any) -> Candidate:
+    """The candidate that differs from float by one structural change."""
+    return candidate_of({**_importance(context), name: option})
+
+
 def _made(context: Context, name: str, option: Any) -> Structured:
     """The float network with one structural change; not kept among the context's variants."""
     assert context.variants is not None and context.variants.evidence is not None
-    alone = candidate_of({**_importance(context), name: option})
+    alone = _alone(context, name, option)
     return structured(context.graph, alone, context.variants.evidence, context.variants.example)
 
 
@@ -210,7 +214,8 @@ def _session(found: Structured) -> Any:
 
 
 def _cost(context: Context, base: Candidate, name: str, option: Any) -> Cost:
-    found = Variant(context, _made(context, name, option))
+    assert context.variants is not None
+    found = context.variants.outline(context, _alone(context, name, option))
     return found.estimate.predict(resolve(found.graph, found.structured.choices(base)))
 
 

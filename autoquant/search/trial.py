@@ -180,7 +180,10 @@ class Context:
 
     def predict(self, candidate: Candidate) -> Cost:
         """What a candidate costs, before it is built."""
-        found = self.variant(candidate)
+        if candidate.is_structural and self.variants is not None:
+            found = self.variants.outline(self, candidate)
+        else:
+            found = self.variant(candidate)
         return found.estimate.predict(resolve(found.graph, found.structured.choices(candidate)))
 
     def built(self, candidate: Candidate) -> Variant:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 KEPT = 32  # variants with their banks that a process holds
 CALIBRATED = 256  # inputs at most that a variant is calibrated on
-GRAPHS = 1024  # cost models of structures that it holds
+OUTLINES, OUTLINE_BYTES = 1024, 256 << 20  # structures that are known for costs, at most
 SHAPES = 36  # structures whose kernels are timed before a search, at most, beside ranks
 
 
@@ -169,7 +169,7 @@ class Variants:
     example: tuple[Array, ...]
     task: Task
     checkpoints: Path | None = None
-    graphs: OrderedDict[str, Structured] = field(default_factory=OrderedDict)
+    outlines: OrderedDict[str, Variant] = field(default_factory=OrderedDict)
     held: OrderedDict[str, Variant] = field(default_factory=OrderedDict)
 
     def __post_init__(self) -> None:
@@ -188,7 +188,7 @@ class Variants:
         with self.lock:
             found = self.held.get(key)
             if found is None:
-                found = Variant(context, self._structured(context.graph, candidate, key))
+                found = Variant(context, self._made(context.graph, candidate))
                 self.held[key] = found
             self.held.move_to_end(key)
             while len(self.held) > KEPT:
@@ -213,22 +213,26 @@ class Variants:
                 self.held.popitem(last=False)
         return found
 
-    def _structured(self, graph: Graph, candidate: Candidate, key: str) -> Structured:
-        found = self.graphs.get(key)
-        if found is None:
-            found = self._made(graph, candidate)
-            self.graphs[key] = found
-            while len(self.graphs) > GRAPHS:
-                self.graphs.popitem(last=False)
-        return found
+    def outline(self, context: Context, candidate: Candidate) -> Variant:
+        """As `get`, for costs: weights are not fitted, so that many structures can be compared."""
+        key = candidate.structure.key
+        with self.lock:
+            found = self.held.get(key) or self.outlines.get(key)
+            if found is None:
+                found = Variant(context, self._made(context.graph, candidate, fitted=False))
+                self.outlines[key] = found
+            most = OUTLINE_BYTES // max(4 * sum(x.parameters for x in context.graph.layers), 1)
+            while len(self.outlines) > min(max(most, KEPT), OUTLINES):
+                self.outlines.popitem(last=False)
+            return found
 
-    def _made(self, graph: Graph, candidate: Candidate) -> Structured:
+    def _made(self, graph: Graph, candidate: Candidate, fitted: bool = True) -> Structured:
         if self.evidence is None:
             raise CandidateError(
                 "this run was prepared for the network as it is: the space offers no structure"
             )
         if not candidate.student:
-            return structured(graph, candidate, self.evidence, self.example)
+            return structured(graph, candidate, self.evidence, self.example, fitted)
         if candidate.pruning or candidate.rank or candidate.drop:
             raise CandidateError("a student is neither pruned, factorized nor shortened")
         found = lower(student(self.task, candidate.student))
