@@ -255,7 +255,8 @@ Values = Annotated[tuple[Any, ...], BeforeValidator(_listed)]
 
 class TrainingRanges(document.Document):
     """Values that training settings (`TrainingSettings`) may take, one or several of each; a
-    setting without values keeps its default.
+    setting without values keeps its default. ``hints``: names of layers, held for all of them;
+    ``hint_weight`` may be a choice, 0 among others.
 
     ``halving``: ``steps`` are no choice but a ladder. Candidates are searched untrained; then the
     better ones by all objectives train for the fewest steps, the better half of these for the
@@ -276,6 +277,7 @@ class TrainingRanges(document.Document):
     teacher: Values = ()
     alpha: Values = ()
     temperature: Values = ()
+    hints: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
     hint_weight: Values = ()
     relation_weight: Values = ()
     mixup: Values = ()
@@ -295,8 +297,10 @@ class TrainingRanges(document.Document):
         return self
 
     def _given(self) -> list[tuple[str, tuple[Any, ...]]]:
-        each = [(n, getattr(self, n)) for n in type(self).model_fields if n != "halving"]
-        return [(name, values) for name, values in each if values]
+        each = {n: getattr(self, n) for n in type(self).model_fields if n != "halving"}
+        if self.hints:
+            each["hints"] = (self.hints,)  # one value
+        return [(name, values) for name, values in each.items() if values]
 
     def dimensions(self) -> dict[str, tuple[Any, ...]]:
         """``train:SETTING`` → its values; nothing where no step is offered."""

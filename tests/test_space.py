@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from autoquant.candidate import FLOAT, LayerChoice
+from autoquant.candidate import FLOAT, Candidate, LayerChoice
 from autoquant.document import builtin
 from autoquant.errors import SpaceError
+from autoquant.search.dimensions import candidate_of, option_of
 from autoquant.space import Space, load_space
 
 
@@ -290,6 +292,24 @@ def test_structure_is_offered_by_name_patterns(tmp_path: Path) -> None:
         "train:steps": (0, 200),
         "train:learning_rate": (0.01,),
     }
+
+
+def test_hints_are_one_value_and_their_weight_is_a_choice(tmp_path: Path) -> None:
+    base = "rules: [{weight_bits: 8}]\ntraining:\n  steps: 20\n  hints: [stem, head]\n"
+    space = _space(tmp_path, f"{base}  hint_weight: [0, 1]\n")
+    assert space.training.dimensions() == {
+        "train:steps": (20,),
+        "train:hints": (("stem", "head"),),
+        "train:hint_weight": (0, 1),
+    }
+    picks = {name: values[-1] for name, values in space.training.dimensions().items()}
+    candidate = candidate_of(picks)
+    again = Candidate.from_dict(json.loads(json.dumps(candidate.to_dict())), "here")
+    assert again.key == candidate.key
+    for name, values in space.training.dimensions().items():
+        assert option_of(again, name, values) == picks[name]
+    halving = _space(tmp_path, f"{base}  halving: true\n")
+    assert halving.training.ladder() == [{"hints": ("stem", "head"), "steps": 20}]
 
 
 @pytest.mark.parametrize(
