@@ -247,18 +247,33 @@ def test_kernels_of_other_structures(cache: Path, monkeypatch: pytest.MonkeyPatc
     """`timed` measures what is missing, once; `extended` scales the nearest kernel by MACs."""
     known, other = NETWORKS["chain"](), NETWORKS["residual"]()
     bare = TableModel({}, {"float": 1.0}, 0.0, 8, 1, 1)
-    model = bare.timed(known.graph)
+    model = bare.timed([known.graph], known.graph)
     assert len(model.kernel_ms) == 2 and all(t > 0 for t in model.kernel_ms.values())
-    full = model.timed(other.graph)
+    full = model.timed([other.graph], known.graph)
     assert set(full.kernel_ms) > set(model.kernel_ms)
     monkeypatch.setattr(table, "_kernel_time", None)
-    assert full.timed(other.graph) == bare.timed(known.graph).timed(other.graph) == full
+    both = [known.graph, other.graph]
+    assert full.timed(both[1:], known.graph) == bare.timed(both, known.graph) == full
     layer = known.graph.layers[0]
     key = signature(known.graph, layer, "float")
     shapes = f"{list(layer.input_shape)} {list(layer.weight_shape)}"
     wide = TableModel({key.replace(shapes, "[1, 16, 6, 6] [16, 16, 3, 3]"): 1.0}, {}, 0.0, 8, 1, 1)
     found = extended(wide, known.graph, known.graph).kernel_ms[key]
     assert found == pytest.approx(math.prod(layer.weight_shape) / (16 * 16 * 9))
+
+
+def test_kernels_timed_on_a_slower_day_are_in_proportion(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known, other = NETWORKS["chain"](), NETWORKS["residual"]()
+    monkeypatch.setattr(table, "_kernel_time", lambda *_: 0.2)
+    bare = TableModel({}, {"float": 1.0}, 0.0, 8, 1, threads=3)  # nothing of it is in the cache
+    model = bare.timed([known.graph], known.graph)
+    assert set(model.kernel_ms.values()) == {0.2}
+    monkeypatch.setattr(table, "_kernel_time", lambda *_: 0.3)
+    found = model.timed([other.graph], known.graph).kernel_ms
+    fresh = [value for key, value in found.items() if key not in model.kernel_ms]
+    assert fresh and fresh == pytest.approx([0.2] * len(fresh))
 
 
 def test_a_layer_without_a_kernel_is_an_error_that_names_it() -> None:

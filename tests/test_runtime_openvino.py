@@ -347,8 +347,9 @@ def test_a_model_of_its_kernels_says_so(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(OpenVINO, "kernel_times", refuse)
     monkeypatch.setattr(OnnxRuntime, "kernel_times", lambda *_, **__: {"Conv/x": 0.25})
-    assert model.timed(found.graph).kernel_ms == model.kernel_ms
-    there = table._kernel_table(found.graph, found.graph.layers, (), 1, 1, OnnxRuntime())
+    assert model.timed([found.graph], found.graph).kernel_ms == model.kernel_ms
+    layers = [(found.graph, x) for x in found.graph.layers]
+    there = table._kernel_table(layers, found.graph, (), 1, 1, OnnxRuntime())
     assert set(there.values()) == {0.25}  # another runtime is another table
 
 

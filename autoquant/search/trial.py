@@ -325,7 +325,8 @@ def prepare(
         )
         if evidence is not None and options:
             say("timing the kernels of other structures")
-            table = _run_alone(alone)(_timed, table, shapes(graph, options, evidence, example))
+            others = shapes(graph, options, evidence, example)
+            table = _run_alone(alone)(_timed, table, others, graph)
         say(
             f"latency model: {table.error:.1%} mean error on held-out mixes, "
             f"measured in {table.seconds:.0f} s"
@@ -602,12 +603,11 @@ def _device_model(
     return found
 
 
-def _timed(table: TableModel, graphs: Sequence[Graph]) -> TableModel:
+def _timed(table: TableModel, graphs: Sequence[Graph], known: Graph) -> TableModel:
     """The model with the kernels of other structures of its network, in its precisions."""
     start = time.perf_counter()
     precisions = sorted({key.rpartition(" ")[2] for key in table.kernel_ms})
-    for graph in graphs:
-        table = table.timed(graph, precisions)
+    table = table.timed(graphs, known, precisions)
     return replace(table, seconds=table.seconds + time.perf_counter() - start)
 
 
