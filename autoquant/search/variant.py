@@ -214,7 +214,10 @@ class Variants:
         return found
 
     def outline(self, context: Context, candidate: Candidate) -> Variant:
-        """As `get`, for costs: weights are not fitted, so that many structures can be compared."""
+        """As `get`, for costs: weights are not fitted, so that many structures can be compared.
+        Students are lowered, which takes seconds, and kept for their trial."""
+        if candidate.student:
+            return self.get(context, candidate)
         key = candidate.structure.key
         with self.lock:
             found = self.held.get(key) or self.outlines.get(key)
