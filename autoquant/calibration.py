@@ -289,7 +289,8 @@ def calibrate(
             total.add(found[total.columns.layer.input])
         for name, judge in judges.items():
             judge.add(found[name])
-        outputs.append([found[name] for name in graph.outputs])
+        # copies: an output that is kept keeps all memory that its session has allocated
+        outputs.append([found[name].copy() for name in graph.outputs])
     by_output = tuple(zip(*outputs, strict=True))
     ranges = {
         (name, bits): judge.range(histograms[name], bits)

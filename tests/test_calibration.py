@@ -212,6 +212,12 @@ def test_outputs_are_those_of_the_float_network() -> None:
     assert net.calibration.samples == len(net.inputs[0])
 
 
+def test_what_is_kept_holds_no_memory_of_the_session() -> None:
+    """A session's outputs keep its whole arena: 350 MB a structure of ResNet-20."""
+    for batches in NETWORKS["residual"]().calibration.outputs:
+        assert all(batch.flags.owndata for batch in batches)
+
+
 def test_how_the_data_is_batched_does_not_matter() -> None:
     net = NETWORKS["residual"]()
     x = net.inputs[0]
