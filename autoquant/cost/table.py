@@ -468,11 +468,11 @@ def _kernel_table(
     fresh = {key: place for key, place in wanted.items() if key not in known}
     if fresh:
         again = _anchors(anchors, {name for *_, name in fresh.values()}, known)
-        found: dict[str, float] = {}
+        kernels = {key: _kernel(*place, batch) for key, place in {**fresh, **again}.items()}
+        found = dict.fromkeys(kernels, math.inf)
         for _ in range(_ROUNDS):  # one after the other: what else a machine does comes in bursts
-            for key, (graph, layer, name) in {**fresh, **again}.items():
-                took = _kernel_time(graph, layer, name, batch, threads, runtime)
-                found[key] = min(took, found.get(key, math.inf))
+            for key, kernel in kernels.items():
+                found[key] = min(found[key], _kernel_time(kernel, threads, runtime))
         for key, (*_, name) in fresh.items():
             ratios = [known[k] / max(found[k], 1e-9) for k, (*_, n) in again.items() if n == name]
             drift = float(np.clip(np.median(ratios), 0.5, 2.0)) if ratios else 1.0
@@ -507,15 +507,19 @@ def _write(path: Path, known: Mapping[str, float]) -> None:
         return
 
 
-def _kernel_time(
-    graph: Graph, layer: Layer, name: str, batch: int, threads: int, runtime: Runtime
-) -> float:
-    """Milliseconds of a layer alone at one precision, conversions around it left out."""
+@dataclass(frozen=True, slots=True)
+class _Kernel:
+    """A layer at one precision as a model of its own, and how often a round runs it."""
+
+    model: bytes
+    shapes: Sequence[tuple[int, ...]]
+    runs: int
+
+
+def _kernel(graph: Graph, layer: Layer, name: str, batch: int) -> _Kernel:
     shapes = [layer.input_shape, layer.weight_shape][: len(layer.inputs)]
     shapes = [(shape[0] * batch, *shape[1:]) for shape in shapes]
     single = _single(graph, layer, shapes)
-    generator = np.random.default_rng(0)
-    values = [generator.normal(size=shape).astype(np.float32) for shape in shapes]
     calibration = Calibration({}, {}, (), 1, "minmax")
     clamped = any(graph.nodes[i].op_type in ("Relu", "Clip") for i in layer.absorbed)
     ends = [*((tensor, -4.0) for tensor in layer.inputs), (layer.output, 0.0 if clamped else -4.0)]
@@ -525,9 +529,15 @@ def _kernel_time(
         calibration.histograms[tensor] = histogram
     candidate = Candidate({layer.name: _choice(layer, name)})
     artifact = compress(single, candidate, calibration, Bank(single), "onnxruntime")
-    runs = int(np.clip(2e9 / max(1, layer.macs * batch), 15, 500))
-    runs = runs // _ROUNDS if threads == 1 else runs  # threads of one session can share a core
-    times = runtime.kernel_times(artifact.model, values, threads, runs)
+    return _Kernel(artifact.model, shapes, int(np.clip(2e9 / max(1, layer.macs * batch), 15, 500)))
+
+
+def _kernel_time(kernel: _Kernel, threads: int, runtime: Runtime) -> float:
+    """Milliseconds of one round, conversions around the layer left out."""
+    generator = np.random.default_rng(0)
+    values = [generator.normal(size=shape).astype(np.float32) for shape in kernel.shapes]
+    runs = kernel.runs // _ROUNDS if threads == 1 else kernel.runs  # a session's threads may
+    times = runtime.kernel_times(kernel.model, values, threads, runs)  # share a core for good
     return sum(t for key, t in times.items() if key.split("/")[0] not in _CONVERSIONS)
 
 
