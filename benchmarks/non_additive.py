@@ -104,6 +104,8 @@ def solved(
         structures = structural_costs(context, list(beside))
     first = first_candidates(context, ("accuracy", cost), table, [], structures)
     begun = {c.key for _, c in first}
+    if trials <= len(begun):
+        raise SystemExit(f"--trials {trials}: a search begins with {len(begun)}; give more")
     prior, options = mean_of(table), context.options
     fixed = {n: o for n, o in options.items() if n == IMPORTANCE or len(o) > 1}
     costs = additive_costs(context, structures, cost)
