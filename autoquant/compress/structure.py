@@ -80,8 +80,7 @@ def structured(
         if name not in graph.by_name:
             raise CandidateError(f"unknown layer {name!r} in rank; {nearest(name, graph.by_name)}")
         check(graph.by_name[name], rank)
-    if any(candidate.pruning.values()):
-        _check_groups(evidence.channels, candidate)
+    _check_groups(evidence.channels, candidate)
     changed, moments = graph, dict(evidence.moments)
     if candidate.drop:
         changed = Graph.read(drop(graph, candidate.drop), example)
@@ -111,7 +110,7 @@ def structured(
 
 
 def _check_groups(channels: Channels, candidate: Candidate) -> None:
-    for name in candidate.pruning:
+    for name in candidate.pruning if any(candidate.pruning.values()) else ():
         if name not in channels.groups:
             raise CandidateError(
                 f"unknown channel group {name!r}; {nearest(name, channels.groups)}"

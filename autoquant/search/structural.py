@@ -18,7 +18,6 @@ import numpy as np
 
 from autoquant.cache import cache_folder, write_atomically
 from autoquant.candidate import FLOAT, Candidate, LayerChoice
-from autoquant.compress.channels import Channels
 from autoquant.compress.factorize import full_rank
 from autoquant.compress.qdq import resolve
 from autoquant.compress.structure import Structured, structured
@@ -228,7 +227,8 @@ def _affordable(context: Context, dimensions: Options) -> tuple[dict[str, tuple[
     By estimate and not by the clock, so that the same search has the same prior anywhere.
     """
     found, total = {}, 0.0
-    groups = Channels(context.graph).groups if dimensions else {}
+    evidence = None if context.variants is None else context.variants.evidence
+    groups = {} if evidence is None else evidence.channels.groups
     for name, options in dimensions.items():
         kind, _, which = name.partition(":")
         changed: Sequence[str] = ()

@@ -19,7 +19,7 @@ from autoquant.calibration import Calibration, calibrate
 from autoquant.candidate import Candidate
 from autoquant.compress import Artifact, compress
 from autoquant.compress.bank import Bank
-from autoquant.compress.channels import ChannelGroup, Channels
+from autoquant.compress.channels import ChannelGroup
 from autoquant.compress.lower import lower
 from autoquant.compress.polish import polish
 from autoquant.compress.prune import Evidence, first_rows, units_removed
@@ -224,9 +224,9 @@ class Variants:
             if found is None:
                 found = Variant(context, self._made(context.graph, candidate, fitted=False))
                 self.outlines[key] = found
-            most = OUTLINE_BYTES // max(4 * sum(x.parameters for x in context.graph.layers), 1)
-            while len(self.outlines) > min(max(most, KEPT), OUTLINES):
-                self.outlines.popitem(last=False)
+                most = OUTLINE_BYTES // max(4 * sum(x.parameters for x in context.graph.layers), 1)
+                while len(self.outlines) > min(max(most, KEPT), OUTLINES):
+                    self.outlines.popitem(last=False)
             return found
 
     def _made(self, graph: Graph, candidate: Candidate, fitted: bool = True) -> Structured:
@@ -253,7 +253,7 @@ def shapes(
     layer one has the first and one the second of two levels, and every pair of levels makes a
     graph, `SHAPES` of them at most. Ranks come a level at a time, on channels as they are.
     """
-    channels = Channels(graph)
+    channels = evidence.channels
     pruned = {n[6:]: o for n, o in options.items() if n.startswith("prune:") and len(o) > 1}
     parity = _parity([channels.groups[n] for n in pruned])
     levels = max(map(len, pruned.values()), default=1)
