@@ -24,7 +24,6 @@ import argparse
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -110,7 +109,7 @@ def solved(
     fixed = {n: o for n, o in options.items() if n == IMPORTANCE or len(o) > 1}
     costs = additive_costs(context, structures, cost)
     new: list[Candidate] = []
-    for points in (trials, 2 * trials, 4 * trials, 8 * trials):
+    for points in (trials, 3 * trials):
         if structures:
             made = joint_curve(context.choices, fixed, prior, costs, points, context.tied)
         else:
@@ -146,6 +145,10 @@ class Case:
         self.corner = whole / 2 if pruned else whole
 
     def search(self, sampler: str | BaseSampler, label: str, trials: int) -> Front:
+        """A search, or what the folder has of it."""
+        done = self.folder / f"{self.name}-{label}-{self.seed}"
+        if (done / "front.json").is_file():
+            return Front.read(done)
         return autoquant.search(
             self.task,
             space=self.space,
@@ -195,10 +198,8 @@ def one(case: Case, trials: int) -> dict[str, Any]:
     }
     rows = {}
     for label, sampler in samplers.items():
-        start = time.perf_counter()
         count = known if label == "solver" else trials
         rows[label] = case.figures(case.search(sampler, label, count))
-        rows[label]["seconds"] = round(time.perf_counter() - start, 1)
         print(case.name, case.seed, label, rows[label], flush=True)
     return rows
 
@@ -228,7 +229,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--trials", type=int, default=100)
-    parser.add_argument("--folder", type=Path, help="of the runs; default temporary")
+    parser.add_argument("--folder", type=Path, help="of the runs, not run again")
     options = parser.parse_args()
     path = RESULTS / "non_additive.json"
     with tempfile.TemporaryDirectory() as temporary:

@@ -44,7 +44,7 @@ from autoquant.search import first_candidates, mean_of
 from autoquant.search.sampler import SurrogateSampler
 from autoquant.search.sensitivity import priors
 from autoquant.search.solver import curve
-from autoquant.search.study import NEAR, uniform_candidates
+from autoquant.search.study import NEAR, divergence_at, uniform_candidates
 from autoquant.search.trial import Pick, closer_pick, evaluator_for, float_model, prepare
 
 AFTER = (25, 50, 100, 200)
@@ -114,7 +114,8 @@ def first(problem: Problem) -> list[Candidate]:
     return [candidate for _, candidate in found]
 
 
-def sampler(name: str, problem: Problem, seed: int):
+def sampler(name: str, problem: Problem, seed: int, found: Mapping[str, Candidate]):
+    """``found``: the candidates so far, which say what a loss is in accuracy."""
     import optuna
 
     if name.startswith("tpe"):
@@ -126,6 +127,12 @@ def sampler(name: str, problem: Problem, seed: int):
     metric = name == "default-metric"
     assert problem.context.evaluator.reference is not None
     tables = [] if name == "default-no-prior" else list(problem.priors.values())
+    floor = 0.9 * problem.float
+
+    def worst() -> float | None:
+        told = [problem.score(c) for c in found.values()]
+        return divergence_at(floor, [(s["divergence"], s["accuracy"]) for s in told])
+
     return SurrogateSampler(
         space=space(problem),
         priors=[{n: t[n] for n in problem.names} for t in tables],
@@ -133,6 +140,7 @@ def sampler(name: str, problem: Problem, seed: int):
         known=lambda p: (None, problem.bytes(p)),
         ideal=problem.float if metric else 0.0,
         noise=problem.context.evaluator.reference.standard_error if metric else 0.0,
+        worst=(lambda: floor) if metric else worst,
         initial=0,
         seed=seed,
     )
@@ -153,14 +161,14 @@ def trials(problem: Problem, name: str, seed: int, count: int) -> list[Candidate
         found += curve(problem.choices, problem.prior, problem.costs, count - len(found))
         return list(dict.fromkeys(found))
     metric = name == "default-metric"
+    found: dict[str, Candidate] = {}
     study = optuna.create_study(
         directions=["maximize" if metric else "minimize", "minimize"],
-        sampler=sampler(name, problem, seed),
+        sampler=sampler(name, problem, seed, found),
     )
     if not name.endswith("cold"):
         for candidate in first(problem):
             study.enqueue_trial(problem.params(candidate))
-    found: dict[str, Candidate] = {}
     for _ in range(4 * count):  # samplers may repeat themselves
         if len(found) == count:
             break

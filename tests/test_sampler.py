@@ -109,6 +109,22 @@ def test_it_beats_the_solver_where_the_prior_is_wrong(seed: int) -> None:
     assert volume(found) > solver + 0.05 and solver > volume(found[:20])
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_what_is_of_no_use_is_not_looked_for(seed: int) -> None:
+    problem, worst = Problem(seed=seed), 0.03
+
+    def inside(found: Sequence[tuple[float, float]]) -> float:
+        return volume([(loss / worst, cost) for loss, cost in found])
+
+    everywhere = problem.run(problem.study(problem.sampler()), 45)
+    found = problem.run(problem.study(problem.sampler(worst=lambda: worst)), 45)
+    assert inside(found) > inside(everywhere) + 0.05
+    assert sum(loss > 2 * worst for loss, _ in everywhere[20:]) > 8
+    assert not any(loss > 2 * worst for loss, _ in found[20:])
+    unknown = problem.run(problem.study(problem.sampler(worst=lambda: None)), 25)
+    assert unknown == everywhere[:25]
+
+
 def test_it_beats_optuna_without_a_prior_too() -> None:
     problem = Problem(layers=8)
     ours = problem.run(problem.study(problem.sampler(priors=[])), 60)

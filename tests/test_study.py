@@ -25,6 +25,7 @@ from autoquant.search.study import (
     Callback,
     Study,
     StudySettings,
+    divergence_at,
     read_trials,
     uniform_candidates,
 )
@@ -317,6 +318,35 @@ def test_with_a_prior_the_surrogate_learns_and_says_what(small: Context, tmp_pat
     assert learned is not None and learned["signal"] == "divergence"
     assert set(learned["layers"]) == set(small.choices) and learned["trials"] == 12
     assert len(set(keys(study.results))) == 12
+
+
+def test_a_divergence_is_of_use_while_the_metric_is() -> None:
+    told = [(0.01, 0.91), (0.2, 0.83), (0.8, 0.70), (3.2, 0.2), (0.0, 0.9)]
+    assert divergence_at(0.8, told) == pytest.approx(0.4)
+    assert divergence_at(0.8, told[:2]) is None and divergence_at(0.95, told) is None
+    assert divergence_at(0.8, []) is None
+
+
+@pytest.mark.parametrize("signal", ["divergence", "metric"])
+def test_the_sampler_hears_where_the_front_begins(
+    small: Context, tmp_path: Path, signal: str
+) -> None:
+    def falls(result: TrialResult) -> TrialResult:
+        assert result.score is not None and result.score.divergence is not None
+        return replace(result, score=replace(result.score, drop=result.score.divergence / 2))
+
+    study = open_study(small, tmp_path, sampler="surrogate", signal=signal)
+    study.run(Fake(small, before=falls), [])
+    assert small.evaluator.reference is not None
+    reference = small.evaluator.reference.value
+    worst = study._surrogate().worst
+    assert worst is not None
+    if signal == "metric":
+        assert worst() == pytest.approx(0.9 * reference)
+        return
+    seen = sorted({r.score.divergence for r in study.results if r.score and r.score.divergence})
+    good = [d for d in seen if d <= 0.2 * reference]
+    assert worst() == pytest.approx((good[-1] * seen[len(good)]) ** 0.5)
 
 
 def test_a_trial_is_compared_with_the_best_member_that_costs_no_more(

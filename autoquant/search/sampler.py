@@ -490,8 +490,9 @@ class SurrogateSampler(BaseSampler):
     objectives that need no trial (None for the others). ``excess``: parameters → known
     constraints (at most 0 is feasible). ``learned``: the objective that is the loss. ``ideal``
     and ``noise``: the loss's objective without compression, and the standard error of its
-    values; with a prior the logarithm of ``loss - ideal + noise`` is modelled. ``initial``:
-    trials of the priors' own solutions, before any model.
+    values; with a prior the logarithm of ``loss - ideal + noise`` is modelled. ``worst``: gives
+    the value of the loss's objective beyond which a trial is of no use, whatever it costs; None
+    while that is not known. ``initial``: trials of the priors' own solutions, before any model.
 
     Any Optuna distribution, any number of objectives, constraints set by ``set_constraint``.
     All that it knows it reads from the study: a new sampler with the same seed goes on as the
@@ -509,6 +510,7 @@ class SurrogateSampler(BaseSampler):
         learned: int = 0,
         ideal: float = 0.0,
         noise: float = 0.0,
+        worst: Callable[[], float | None] | None = None,
         initial: int = 20,
         seed: int | None = None,
     ) -> None:
@@ -516,6 +518,7 @@ class SurrogateSampler(BaseSampler):
         self.priors, self.costs = tuple(priors), dict(costs or {})
         self.known, self.excess, self.learned = known, excess, learned
         self.ideal, self.noise, self.initial = ideal, noise, initial
+        self.worst = worst
         self.reseed_rng(seed)
         self._intersection = IntersectionSearchSpace()
         self._lock = threading.Lock()
@@ -720,6 +723,20 @@ class SurrogateSampler(BaseSampler):
         gap = column - signs[self.learned] * self.ideal
         return np.log(np.maximum(gap, 0.0) + max(self.noise, 1e-9))
 
+    def _top(self, signs: Sequence[float], space: _Space) -> float:
+        """The modelled loss beyond which a trial is of no use; infinite where none is known."""
+        worst = None if self.worst is None else self.worst()
+        if worst is None:
+            return math.inf
+        values = np.full((1, self.learned + 1), signs[self.learned] * worst)
+        return float(self._loss(values, signs, space)[0])
+
+    def _useful(self, observed: _Observed, signs: Sequence[float], space: _Space) -> Array:
+        """Which trials count: feasible ones of use, else those that are feasible."""
+        good = self._loss(observed.values, signs, space) <= self._top(signs, space)
+        found: Array = observed.feasible & good
+        return found if found.any() else observed.feasible
+
     def _others(self, count: int) -> Array:
         return np.array([i for i in range(count) if i != self.learned], dtype=int)
 
@@ -874,10 +891,11 @@ class SurrogateSampler(BaseSampler):
         return np.array(list(fresh.values())).reshape(len(fresh), width)
 
     def _front(self, observed: _Observed, space: _Space, signs: Sequence[float]) -> Array:
-        """Rows of the feasible trials that no other dominates; all where none is feasible."""
+        """Rows of the trials that count and that no other dominates; where none is feasible,
+        those that come nearest."""
         loss = self._loss(observed.values, signs, space)
         others = self._others(observed.values.shape[1])
-        rows = np.flatnonzero(observed.feasible)
+        rows = np.flatnonzero(self._useful(observed, signs, space))
         if not len(rows):
             worst = observed.limits.max(axis=1, initial=0.0)
             return observed.rows[np.argsort(worst, kind="stable")[:8]]
@@ -895,9 +913,11 @@ class SurrogateSampler(BaseSampler):
         """Index of the largest expected gain; known figures of the finalists are exact."""
         others = self._others(observed.values.shape[1])
         means, deviations = model.predict(pool)
+        useful = self._useful(observed, signs, space)
         gain = _Gain(
-            self._loss(observed.values, signs, space)[observed.feasible],
-            observed.values[np.ix_(observed.feasible, others)],
+            self._loss(observed.values, signs, space)[useful],
+            observed.values[np.ix_(useful, others)],
+            self._top(signs, space),
             bool(space.known),
             bool(self.costs),
             self.seed % 2**32,
@@ -1012,11 +1032,14 @@ class _Gain:
 
     At each point the front has a least loss; a candidate gains there what it is expected to
     be below it, times the probability that its costs are. Exact for one known cost but for
-    the sampling. ``logarithm``: the loss is one, and the gain is in its ``_POWER``; ``ratios``:
-    costs count by their logarithm.
+    the sampling. ``top``: the loss of nothing at all; infinite: a little above the front's
+    worst. ``logarithm``: the loss is one, and the gain is in its ``_POWER``; ``ratios``: costs
+    count by their logarithm.
     """
 
-    def __init__(self, loss: Array, costs: Array, logarithm: bool, ratios: bool, seed: int) -> None:
+    def __init__(
+        self, loss: Array, costs: Array, top: float, logarithm: bool, ratios: bool, seed: int
+    ) -> None:
         self.logarithm, self.ratios = logarithm, ratios
         count = costs.shape[1]
         self.shift = np.zeros(count)
@@ -1036,9 +1059,9 @@ class _Gain:
         else:
             unit = np.zeros((1, 0))
         self.levels = low + unit * (high - low)
-        self.top = float(front.max() + 0.1 * np.ptp(front) + 1e-9)
+        self.top = top if top < math.inf else float(front.max() + 0.1 * np.ptp(front) + 1e-9)
         inside = (self._scale(where)[None] <= self.levels[:, None]).all(axis=2)
-        self.least = np.where(inside, front[None], self.top).min(axis=1)
+        self.least = np.minimum(np.where(inside, front[None], self.top).min(axis=1), self.top)
 
     def _scale(self, costs: Array) -> Array:
         return np.asarray(np.log(np.maximum(costs + self.shift, 1e-300)) if self.ratios else costs)

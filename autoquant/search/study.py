@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoquant.candidate import FLOAT, Candidate, LayerChoice
 from autoquant.errors import CandidateError, RunError, nearest
-from autoquant.front import Front, members_of
+from autoquant.front import Front, members_of, reference_point
 from autoquant.result import Cost, TrialResult
 from autoquant.search.coupling import conform
 from autoquant.search.dimensions import Options, candidate_of, option_of
@@ -126,6 +126,14 @@ def _nearest(choice: LayerChoice, found: Sequence[LayerChoice]) -> LayerChoice:
             c.rounding != choice.rounding,
         ),
     )
+
+
+def divergence_at(floor: float, told: Sequence[tuple[float, float]]) -> float | None:
+    """The divergence that goes with an accuracy, by trials' (divergence, accuracy): between the
+    largest that was as accurate and the next; None while no trial fell below it, or all did."""
+    good = max((d for d, value in told if value >= floor and d > 0), default=None)
+    beyond = [d for d, _ in told if good is not None and d > good]
+    return math.sqrt(good * min(beyond)) if good is not None and beyond else None
 
 
 class Study:
@@ -289,9 +297,22 @@ class Study:
             learned=objectives.index("accuracy"),
             ideal=reference.value if by_metric else 0.0,
             noise=noise if by_metric else 0.0,
+            worst=self._worst,
             initial=0,
             seed=self.settings.seed,
         )
+
+    def _worst(self) -> float | None:
+        """The signal where the front's hypervolume begins: what is worse counts nowhere."""
+        reference = self.context.evaluator.reference
+        assert reference is not None
+        names = ("accuracy",)
+        floor = reference_point(self.context.baseline, reference.value, names)["accuracy"]
+        if self.settings.signal == "metric":
+            return floor
+        scores = [r.score for r in self.results if r.score is not None]
+        told = [(s.divergence or 0.0, reference.value - s.drop) for s in scores]
+        return divergence_at(floor, told)
 
     def _reached(self, table: Table) -> dict[str, Sequence[float]]:
         """A prior as the sampler takes it. Its budgets end below what has no loss, which for
