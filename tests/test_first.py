@@ -59,6 +59,27 @@ def test_a_search_for_latency_starts_with_them(small: Context, prior: Table) -> 
     assert {c for origin, c in found if origin == "solver"} != additive
 
 
+@pytest.mark.parametrize(
+    ("objectives", "solved_for"),
+    [
+        (("accuracy", "bops"), ["bops"]),
+        (("accuracy", "latency_ms", "bops"), ["bops"]),
+        (("accuracy", "weight_bytes"), ["size_bytes"]),
+        (("accuracy", "latency_ms", "weight_bytes"), ["size_bytes"]),
+        (("accuracy", "peak_memory_bytes"), ["size_bytes"]),
+        (("accuracy", "latency_ms", "peak_memory_bytes"), []),
+    ],
+)
+def test_sums_that_are_objectives_are_solved_for(
+    small: Context, prior: Table, objectives: tuple[str, ...], solved_for: list[str]
+) -> None:
+    uneven = {n: [v * (1 + i) for v in t] for i, (n, t) in enumerate(prior.items())}
+    found = {c for _, c in first_candidates(small, objectives, {"one": uneven}, [])}
+    for name in ("bops", "size_bytes"):
+        solved = set(curve(small.choices, uneven, small.additive_cost(name), 14, tied=small.tied))
+        assert (solved <= found) == (name in solved_for)
+
+
 def test_limits_have_a_solution_of_their_own(small: Context, prior: Table) -> None:
     """The closest to float of all candidates within a size and a latency, to the programme's gap
     and what it has to leave for rounding."""

@@ -18,6 +18,8 @@ from autoquant.search.trial import Context
 
 _SECONDS = 5.0  # that one exact solution may take
 _SHRINK = (1.0, 0.99, 0.96, 0.92)  # of a budget, while what it counts is not all there is
+_BY_BITS = {"weight_bytes", "average_weight_bits"}  # solved for as ``size_bytes``
+_OTHER_SUMS = {"stored_bytes", "bops"}  # which bytes say little of
 _ADDITIVE = ("size_bytes", "stored_bytes", "latency_ms", "energy_mj")
 
 
@@ -53,12 +55,14 @@ def first_candidates(
         tables = [(mean, 10, 6), *((t, 5, 3) for t in list(priors.values())[:3])]
     beside = {n: o for n, o in context.options.items() if n == IMPORTANCE}
     beside |= structural_dimensions(context)
+    wanted = set(objectives)
+    if wanted & _BY_BITS or (len(objectives) == 2 and not wanted & _OTHER_SUMS):
+        wanted.add("size_bytes")
     for index, (table, by_size, by_latency) in enumerate(tables):
-        budgets = {"size_bytes": by_size, "stored_bytes": by_size}
+        budgets = {"size_bytes": by_size, "stored_bytes": by_size, "bops": by_size}
         budgets |= {"latency_ms": by_latency, "energy_mj": by_latency}
-        alone = len(objectives) == 2 and "stored_bytes" not in objectives
         for name, points in budgets.items():
-            if name not in objectives and not (name == "size_bytes" and alone):
+            if name not in wanted:
                 continue
             costs, tied = additive_costs(context, structures or {}, name), context.tied
             if name == "latency_ms" and between(context):
