@@ -272,6 +272,7 @@ class SecondOrder:
             scale = _scale_of_channels(row_scale, weight, moments).reshape(scale.shape)
         return moments.join(values, weight), scale
 
+    @np.errstate(all="ignore")  # a scale or a moment of zero moves nothing that counts
     def _round(
         self,
         rows: Array,
@@ -292,52 +293,64 @@ class SecondOrder:
         """
         import torch
 
-        hessian, factor, order = found.damped, found.factor, found.order
+        # matrix products in torch; columns, mostly short, in numpy views of the same memory
+        damped, factor, order = found.damped, found.factor, found.order
         low, high = integer_range(bits)
-        w = torch.from_numpy(np.array(rows, dtype=np.float32))
+        w = torch.from_numpy(np.array(rows, dtype=np.float32))[:, :, order]
         s = torch.from_numpy(np.array(scale, dtype=np.float32))
-        w = w[:, :, order]
         owner = _owner(order, size)
-        if kept is None:
-            k: Any = torch.ones(1, 1, 1).expand(w.shape)
-        else:
-            k = torch.from_numpy(np.array(kept, dtype=np.float32))[:, :, order]
-        left = w.clone()
-        q = torch.empty_like(w)
+        at, s_of = owner.tolist(), s.numpy()
+        k = None if kept is None else np.array(kept, dtype=np.float32)[:, :, order.numpy()]
+        hessian_of, factor_of = damped.numpy(), factor.numpy()
+        diagonal = np.diagonal(hessian_of, axis1=1, axis2=2)
+        left, q = w.clone(), torch.empty_like(w)
+        left_of, q_of = left.numpy(), q.numpy()
         count = w.shape[2]
         for start in range(0, count, 128):
             end = min(start + 128, count)
             errors = torch.empty_like(left[:, :, start:end])
             for j in range(start, end):
-                column = left[:, :, j]
-                step = s[:, :, owner[j]]
-                q[:, :, j] = torch.clamp(torch.round(column / step), low, high) * k[:, :, j]
-                error = (column - q[:, :, j] * step) / factor[:, j, j, None]
-                errors[:, :, j - start] = error
-                left[:, :, j:end] -= error[:, :, None] * factor[:, None, j, j:end]
+                column, step = left_of[:, :, j], s_of[:, :, at[j]]
+                best = _integers(column / step, low, high, None if k is None else k[:, :, j])
+                q_of[:, :, j] = best
+                error = (column - best * step) / factor_of[:, j, j, None]
+                errors.numpy()[:, :, j - start] = error
+                left_of[:, :, j:end] -= error[:, :, None] * factor_of[:, None, j, j:end]
             left[:, :, end:] -= errors @ factor[:, start:end, end:]
-        diagonal = hessian.diagonal(dim1=1, dim2=2)
-        target = w @ hessian
+        target = w @ damped
         for sweep in range(self.sweeps + refits):
             if sweep >= self.sweeps:  # the scale of least error for these integers
-                s = _refit(q, s, target, hessian, owner, taps)
-            slope = (w - q * _of_columns(s, owner)) @ hessian
+                s = _refit(q, s, target, damped, owner, taps)
+                s_of = s.numpy()
+            slope = (w - q * _of_columns(s, owner)) @ damped
             for start in range(0, count, 128):
                 end = min(start + 128, count)
                 moves = torch.zeros_like(q[:, :, start:end])
-                local = slope[:, :, start:end].clone()
+                local = slope[:, :, start:end].numpy().copy()
                 for j in range(start, end):
-                    scales = s[:, :, owner[j]]
-                    step = local[:, :, j - start] / (diagonal[:, j, None] * scales)
-                    best = torch.clamp(torch.round(q[:, :, j] + step), low, high) * k[:, :, j]
-                    move = (best - q[:, :, j]) * scales
-                    q[:, :, j] = best
-                    moves[:, :, j - start] = move
-                    local -= move[:, :, None] * hessian[:, None, j, start:end]
-                slope -= moves @ hessian[:, start:end]
+                    scales, old = s_of[:, :, at[j]], q_of[:, :, j]
+                    best = old + local[:, :, j - start] / (diagonal[:, j, None] * scales)
+                    best = _integers(best, low, high, None if k is None else k[:, :, j])
+                    move = best - old
+                    if move.any():
+                        move *= scales
+                        q_of[:, :, j] = best
+                        moves.numpy()[:, :, j - start] = move
+                        local -= move[:, :, None] * hessian_of[:, None, j, start:end]
+                slope -= moves @ damped[:, start:end]
         result = torch.empty_like(q)
         result[:, :, order] = q
         return result.numpy().astype(np.int16), s.numpy()
+
+
+def _integers(values: Array, low: int, high: int, kept: Array | None) -> Array:
+    """The nearest integers within a range, in place; 0 where ``kept`` is."""
+    np.rint(values, out=values)
+    np.maximum(values, low, out=values)
+    np.minimum(values, high, out=values)
+    if kept is not None:
+        values *= kept
+    return values
 
 
 class AdaRound:
