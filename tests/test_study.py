@@ -347,6 +347,10 @@ def test_the_sampler_hears_where_the_front_begins(
     seen = sorted({r.score.divergence for r in study.results if r.score and r.score.divergence})
     good = [d for d in seen if d <= 0.2 * reference]
     assert worst() == pytest.approx((good[-1] * seen[len(good)]) ** 0.5)
+    limited = replace(small, limits=Limits(drop=good[-1] / 2 - 1e-9))
+    study = Study(limited, study.settings, True)
+    assert limited.evaluator.reference is not None and len(good) > 1
+    assert study._worst() == pytest.approx((good[-2] * good[-1]) ** 0.5)
 
 
 def test_a_trial_is_compared_with_the_best_member_that_costs_no_more(

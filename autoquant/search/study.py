@@ -303,11 +303,14 @@ class Study:
         )
 
     def _worst(self) -> float | None:
-        """The signal where the front's hypervolume begins: what is worse counts nowhere."""
-        reference = self.context.evaluator.reference
+        """The signal where the front's hypervolume begins, or at the largest drop that the limits
+        allow: what is worse counts nowhere."""
+        reference, limits = self.context.evaluator.reference, self.context.limits
         assert reference is not None
         names = ("accuracy",)
         floor = reference_point(self.context.baseline, reference.value, names)["accuracy"]
+        if limits.drop is not None:
+            floor = max(floor, reference.value - limits.drop)
         if self.settings.signal == "metric":
             return floor
         scores = [r.score for r in self.results if r.score is not None]
