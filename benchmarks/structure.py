@@ -201,15 +201,15 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=list(STEPS), choices=list(STEPS))
     parser.add_argument("--steps", type=int, help="of training, in place of the default")
     arguments = parser.parse_args()
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if arguments.part == "transforms":
         found = transforms(arguments.networks)
     else:
         steps = {n: arguments.steps or STEPS[n] for n in arguments.cases}
         found = trained(steps, arguments.bits)
-        rows = json.loads(RESULTS.read_text()).get("trained", {}) if RESULTS.exists() else {}
-        found["trained"] = {**rows, **found["trained"]}
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    record("structure", {**{k: v for k, v in known.items() if k != "environment"}, **found})
+    merged = {name: {**known.get(name, {}), **rows} for name, rows in found.items()}
+    rest = {name: rows for name, rows in known.items() if name != "environment"}
+    record("structure", {**rest, **merged})
 
 
 if __name__ == "__main__":
