@@ -229,7 +229,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--trials", type=int, default=100)
-    parser.add_argument("--folder", type=Path, help="of the runs, not run again")
+    parser.add_argument(
+        "--folder", type=Path, help="of the runs, which are not run again; default temporary"
+    )
     options = parser.parse_args()
     path = RESULTS / "non_additive.json"
     with tempfile.TemporaryDirectory() as temporary:

@@ -38,7 +38,7 @@ from record import RESULTS, record
 sys.path.insert(0, str(Path(__file__).parent / "tasks"))
 
 from autoquant.candidate import Candidate
-from autoquant.front import hypervolume, nondominated
+from autoquant.front import hypervolume, nondominated, reference_point
 from autoquant.runtime import OnnxRuntime
 from autoquant.search import first_candidates, mean_of
 from autoquant.search.sampler import SurrogateSampler
@@ -127,7 +127,7 @@ def sampler(name: str, problem: Problem, seed: int, found: Mapping[str, Candidat
     metric = name == "default-metric"
     assert problem.context.evaluator.reference is not None
     tables = [] if name == "default-no-prior" else list(problem.priors.values())
-    floor = 0.9 * problem.float
+    floor = reference_point(problem.context.baseline, problem.float, ("accuracy",))["accuracy"]
 
     def worst() -> float | None:
         told = [problem.score(c) for c in found.values()]

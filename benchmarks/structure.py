@@ -115,16 +115,12 @@ INNER = {"layer1": 0.625, "layer2": 0.5, "layer3": 0.25}  # share of the channel
 TRAINING = {
     "optimizer": "adam",
     "learning_rate": 0.01,
-    "batch_size": 128,
-    "alpha": 0.9,
+    "batch_size": 64,
+    "alpha": 1.0,
     "temperature": 4.0,
     "batch_norm": "live",
 }
-SUMS = {"batch_size": 64, "alpha": 1.0}
-OWN: dict[str, dict[str, object]] = {
-    "half": {**SUMS, "mixup": 0.3},
-    "low rank": {**SUMS, "mixup": 1.0},
-}
+MIXUP = {"half": 0.3, "low rank": 1.0}
 
 
 def trained(steps: dict[str, int], widths: Sequence[str]) -> dict[str, Any]:
@@ -139,7 +135,7 @@ def trained(steps: dict[str, int], widths: Sequence[str]) -> dict[str, Any]:
     whole = test.set_reference(OnnxRuntime().open(float_model(context.original)))
     rows: dict[str, Any] = {"float": {"test": whole.value}}
     for label, structure in structures.items():
-        settings = {**TRAINING, **OWN[label], "steps": steps[label]}
+        settings = {**TRAINING, "mixup": MIXUP[label], "steps": steps[label]}
         made = {}
         for bits in widths:
             choice = LayerChoice() if bits == "float" else LayerChoice(8, 8)

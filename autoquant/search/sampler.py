@@ -681,10 +681,11 @@ class SurrogateSampler(BaseSampler):
         if len(running):
             observed = self._believe(model, observed, running, space, signs)
             model = self._model(space, observed, signs, model.hyper)
-        pool = self._pool(model, observed, space, generator, seen, signs)
+        top = self._top(signs, space)
+        pool = self._pool(model, observed, space, generator, seen, signs, top)
         if not len(pool):
             return self._unseen(space, generator, seen)
-        best: Array = pool[self._best(model, observed, pool, space, signs)]
+        best: Array = pool[self._best(model, observed, pool, space, signs, top)]
         return best
 
     def _solutions(self, space: _Space, count: int) -> list[Array]:
@@ -731,10 +732,10 @@ class SurrogateSampler(BaseSampler):
         values = np.full((1, self.learned + 1), signs[self.learned] * worst)
         return float(self._loss(values, signs, space)[0])
 
-    def _useful(self, observed: _Observed, signs: Sequence[float], space: _Space) -> Array:
+    @staticmethod
+    def _useful(observed: _Observed, loss: Array, top: float) -> Array:
         """Which trials count: feasible ones of use, else those that are feasible."""
-        good = self._loss(observed.values, signs, space) <= self._top(signs, space)
-        found: Array = observed.feasible & good
+        found: Array = observed.feasible & (loss <= top)
         return found if found.any() else observed.feasible
 
     def _others(self, count: int) -> Array:
@@ -857,9 +858,10 @@ class SurrogateSampler(BaseSampler):
         generator: np.random.Generator,
         seen: set[bytes],
         signs: Sequence[float],
+        top: float,
     ) -> Array:
         """New candidates: exact solutions, neighbours of the front, and some at random."""
-        front = self._front(observed, space, signs)
+        front = self._front(observed, space, signs, top)
         rows: list[Array] = []
         if space.known and self.costs:
             tables = [model.table, *(model.draw(generator) for _ in range(DRAWS))]
@@ -890,12 +892,14 @@ class SurrogateSampler(BaseSampler):
         fresh = {r.tobytes(): r for r in rows if r.tobytes() not in seen}
         return np.array(list(fresh.values())).reshape(len(fresh), width)
 
-    def _front(self, observed: _Observed, space: _Space, signs: Sequence[float]) -> Array:
+    def _front(
+        self, observed: _Observed, space: _Space, signs: Sequence[float], top: float
+    ) -> Array:
         """Rows of the trials that count and that no other dominates; where none is feasible,
         those that come nearest."""
         loss = self._loss(observed.values, signs, space)
         others = self._others(observed.values.shape[1])
-        rows = np.flatnonzero(self._useful(observed, signs, space))
+        rows = np.flatnonzero(self._useful(observed, loss, top))
         if not len(rows):
             worst = observed.limits.max(axis=1, initial=0.0)
             return observed.rows[np.argsort(worst, kind="stable")[:8]]
@@ -909,15 +913,17 @@ class SurrogateSampler(BaseSampler):
         pool: Array,
         space: _Space,
         signs: Sequence[float],
+        top: float,
     ) -> int:
         """Index of the largest expected gain; known figures of the finalists are exact."""
         others = self._others(observed.values.shape[1])
         means, deviations = model.predict(pool)
-        useful = self._useful(observed, signs, space)
+        loss = self._loss(observed.values, signs, space)
+        useful = self._useful(observed, loss, top)
         gain = _Gain(
-            self._loss(observed.values, signs, space)[useful],
+            loss[useful],
             observed.values[np.ix_(useful, others)],
-            self._top(signs, space),
+            top,
             bool(space.known),
             bool(self.costs),
             self.seed % 2**32,
