@@ -506,7 +506,8 @@ outputs = session.run(None, {{i.name: sample[i.name] for i in session.get_inputs
 print([output.shape for output in outputs])
 ```
 
-The session option belongs to the model: without it onnxruntime changes its precision.
+The session options belong to the model: without them onnxruntime changes its precision, and on
+x86 processors without VNNI instructions 8-bit sums saturate.
 `python run.py` compares with the outputs in `sample.npz`; `autoquant verify .` checks everything
 that `manifest.json` says.
 """

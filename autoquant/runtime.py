@@ -3,7 +3,9 @@
 Every session of onnxruntime opens with ``SESSION_CONFIG``. Left alone, it quantizes float layers
 that sit between int8 layers (WeightBiasQuantization), so that the artifact would no longer be
 what its candidate says; and it turns MatMul + Add into a Gemm whose float bias keeps it from
-running in int8 (MatMulAddFusion).
+running in int8 (MatMulAddFusion). On x86 without VNNI instructions its products of uint8 with int8
+weights saturate at 16 bits; ``session.x64quantprecision`` has it take uint8 weights there, which
+are right, and does nothing elsewhere.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ if TYPE_CHECKING:
     import onnxruntime
 
 SESSION_CONFIG = {
-    "optimization.disable_specified_optimizers": "WeightBiasQuantization;MatMulAddFusion"
+    "optimization.disable_specified_optimizers": "WeightBiasQuantization;MatMulAddFusion",
+    "session.x64quantprecision": "1",
 }
 
 

@@ -56,7 +56,7 @@ def gap(prepared: Context, made: Trained | None, found: Candidate) -> float:
 
 
 @pytest.mark.parametrize("quantizer", ["lsq", "ste"])
-@pytest.mark.parametrize("bits", [(2, 8), (3, 3), (4, 4)])
+@pytest.mark.parametrize("bits", [(2, 8), (3, 3), (2, 4)])
 def test_training_brings_the_artifact_closer_to_the_teacher(
     prepared: Context, tmp_path: Path, bits: tuple[int, int], quantizer: str
 ) -> None:
@@ -179,7 +179,7 @@ def test_masked_weights_stay_zero_in_the_file(prepared: Context, tmp_path: Path)
 SPARSE = [
     LayerChoice(4, 8, sparsity=0.6),
     LayerChoice(3, 8, sparsity="2:4"),
-    LayerChoice(3, 8, codebook=True),
+    LayerChoice(2, 8, codebook=True),  # with 3 bits it begins near its best
     LayerChoice(3, 8, sparsity=0.5, codebook=True),
 ]
 
@@ -195,8 +195,6 @@ def test_pruned_and_clustered_weights_train_as_they_are_stored(
     prepared: Context, tmp_path: Path, choice: LayerChoice
 ) -> None:
     found = sparse(choice)
-    if choice.codebook and not choice.sparsity:  # it begins near its best: small steps, and more
-        found = sparse(choice, steps=300, learning_rate=0.0005)
     made = trained(prepared, tmp_path, found)
     assert gap(prepared, made, found) < 0.9 * gap(prepared, None, found)
     for name in ("first", "second"):
@@ -208,7 +206,8 @@ def test_pruned_and_clustered_weights_train_as_they_are_stored(
             assert (values == 0).mean() >= float(choice.sparsity) - 1 / values.size
         if choice.codebook:
             table = made.bank.overrides[name].table
-            assert table is not None and set(values.ravel()) <= set(table) and len(table) == 8
+            assert table is not None and set(values.ravel()) <= set(table)
+            assert len(table) == 2**choice.weight_bits
     simulated = Quantized(made.graph, found, made.calibration, made.bank, FLOAT_TYPE)
     images = np.concatenate([x for x, _ in batches(77)])
     with torch.no_grad():

@@ -593,13 +593,12 @@ class _Writer:
         if name in self.written:
             return name
         per_channel = len(entry.scale) > 1 or layer.channels == 1
-        scale = self._named(f"{weight}.s", entry.scale if per_channel else entry.scale[0])
+        scale = np.asarray(entry.scale if per_channel else entry.scale[0])
         axis = {"axis": layer.channel_axis} if per_channel else {}
-        inputs = [weight, scale]
-        if layer.kind != "Conv":  # without a zero point onnxruntime does not fuse Gemm
-            inputs.append(
-                self._constant(np.zeros(entry.scale.shape if per_channel else (), np.int8))
-            )
+        # Without a zero point onnxruntime does not fuse Gemm. It is the weight's own: where uint8
+        # weights are to be taken (SESSION_CONFIG), onnxruntime makes another of each in its place.
+        zero = self._named(f"{weight}.z", np.zeros(scale.shape, np.int8))
+        inputs = [weight, self._named(f"{weight}.s", scale), zero]
         self._node("DequantizeLinear", inputs, name, **axis)
         return name
 
@@ -786,7 +785,7 @@ class _Writer:
                     [quantized, f"{quantized}.scale", f"{quantized}.zero"],
                 )
             )
-        zero = self._constant(np.int8(0))
+        zero = self._named(f"{prefix}.zero", np.zeros((), np.int8))  # not shared, as above
         self.nodes.append(
             helper.make_node(
                 "MatMulInteger",

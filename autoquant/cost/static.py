@@ -284,9 +284,9 @@ class _File:
         self.shift[layer.node] += stem + 3 - len(layer.weight)
         if self._first(key, "int8"):
             self._tensor(stem + 2, scales, 4)
-            inputs = [stem, stem + 2]
-            if layer.kind != "Conv":
-                inputs.append(self._constant(("zeros", scales), scales, 1))
+            self._tensor(stem + 2, scales, 1)
+            self.data -= math.prod(scales)  # zeros: they take nothing in the entropy code
+            inputs = [stem, stem + 2, stem + 2]
             self._node("DequantizeLinear", inputs, [stem + 3], attributes=axis)
         if layer.kind == "MatMul":
             self._added_bias(layer, shifted)
@@ -491,8 +491,8 @@ class _File:
         read = len(source) + 8
         if self._first(source, "dynamic"):
             self._node("DynamicQuantizeLinear", [len(source)], [read, read + 6, read + 5])
-        zero = self._constant(("zeros", ()), (), 1)
-        self._node("MatMulInteger", [read, weight, read + 5, zero], [prefix + 2], name)
+        self._tensor(prefix + 5, (), 1)
+        self._node("MatMulInteger", [read, weight, read + 5, prefix + 5], [prefix + 2], name)
         scales = layer.channels if key[3] == "channel" else 1
         self._tensor(prefix + 13, (scales,), 4)
         self._node("Mul", [read + 6, prefix + 13], [prefix + 2])
