@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -99,28 +100,34 @@ def test_a_run_keeps_room_for_its_end_and_gives_it_back(tmp_path: Path) -> None:
     assert not (run.folder / RESERVE).exists()
 
 
-@pytest.fixture
+@contextmanager
 def small_files() -> Iterator[None]:
-    """The kernel refuses to let files grow beyond a page, as a full disk or a quota does."""
+    """The kernel refuses to let files grow beyond a page, as a full disk or a quota does; pytest's
+    own log too, so that no test may end inside."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_line_that_does_not_fit_is_taken_back(tmp_path: Path, small_files: None) -> None:
+def test_a_line_that_does_not_fit_is_taken_back(tmp_path: Path) -> None:
     path = tmp_path / "lines"
     append(path, "a" * 3999 + "\n", sync=True)
-    with pytest.raises(OSError) as caught:
+    with small_files(), pytest.raises(OSError) as caught:
         append(path, "b" * 999 + "\n", sync=True)
     assert caught.value.errno == errno.EFBIG
     assert path.read_text() == "a" * 3999 + "\n"
 
 
-def test_a_file_that_does_not_fit_leaves_the_old_one(tmp_path: Path, small_files: None) -> None:
+def test_a_file_that_does_not_fit_leaves_the_old_one(tmp_path: Path) -> None:
     path = tmp_path / "front.json"
     write_json(path, {"members": []})
-    with pytest.raises(RunError, match=r"front\.json: cannot be written: File too large"):
+    with (
+        small_files(),
+        pytest.raises(RunError, match=r"front\.json: cannot be written: File too large"),
+    ):
         write_json(path, {"members": ["x" * 9000]})
     assert json.loads(path.read_text()) == {"members": []}
     assert [p.name for p in tmp_path.iterdir()] == ["front.json"]

@@ -8,9 +8,11 @@ import pytest
 from conftest import NETWORKS, build, node
 from contracts.runtime import RuntimeContract
 
+from autoquant.errors import ModelError
 from autoquant.runtime import (
     RUNTIMES,
     OnnxRuntime,
+    Runtime,
     describe,
     kernels,
     measure,
@@ -31,7 +33,17 @@ here = pytest.mark.skipif(not is_installed(), reason="pip install 'autoquant[ope
     ],
 )
 class TestRuntimes(RuntimeContract):
-    pass
+    @pytest.fixture(autouse=True)
+    def _processor(self, runtime: Runtime) -> None:
+        """Skips what this processor cannot do."""
+        try:
+            runtime.open(
+                build([node("Relu", ["x"], ["y"])], {}, {"x": ["N", 4]}, ["y"]).SerializeToString()
+            )
+        except ModelError as error:
+            if "this processor has no" not in str(error):
+                raise
+            pytest.skip(str(error))
 
 
 class Recorder:
