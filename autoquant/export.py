@@ -41,7 +41,15 @@ from autoquant.front import Front, Member
 from autoquant.graph import LAYER_KINDS
 from autoquant.hardware import Hardware, RuntimeName
 from autoquant.result import Score
-from autoquant.runtime import RUNTIMES, SESSION_CONFIG, OnnxRuntime, OnnxSession, describe
+from autoquant.runtime import (
+    RUNTIMES,
+    SESSION_CONFIG,
+    WITHOUT_VNNI,
+    OnnxRuntime,
+    OnnxSession,
+    describe,
+    session_config,
+)
 from autoquant.runtime_openvino import OPENVINO_RUNTIMES, is_installed
 from autoquant.search.run import describe_environment
 from autoquant.search.trial import evaluator_for, float_model
@@ -182,7 +190,7 @@ def export(
         files={name: hashlib.sha256(data).hexdigest() for name, data in contents.items()},
         formats=tuple(name for name in source.formats if name not in missing),
         size_bytes=len(source.model),
-        session_config=dict(SESSION_CONFIG),
+        session_config=session_config(),
         layers={
             name: LayerSpec(
                 kind=kinds.get(name, "dropped" if member.candidate.is_structural else "missing"),
@@ -486,7 +494,7 @@ def _readme(front: Front, member: Member) -> str:
     speed = "" if latency is None else f", {latency:.3f} ms{kind}"
     entries = "\n".join(
         f'options.add_session_config_entry("{key}", "{value}")'
-        for key, value in SESSION_CONFIG.items()
+        for key, value in session_config().items()
     )
     return f"""\
 # {front.task}: trial {member.trial} of run {front.run}
@@ -506,8 +514,8 @@ outputs = session.run(None, {{i.name: sample[i.name] for i in session.get_inputs
 print([output.shape for output in outputs])
 ```
 
-The session options belong to the model: without them onnxruntime changes its precision, and on
-x86 processors without VNNI instructions 8-bit sums saturate.
+The session options belong to the model: without them onnxruntime changes its precision. On x86
+processors without VNNI instructions `session.x64quantprecision` must be 1, or its sums saturate.
 `python run.py` compares with the outputs in `sample.npz`; `autoquant verify .` checks everything
 that `manifest.json` says.
 """
@@ -655,7 +663,7 @@ def _read_manifest(folder: Path) -> Manifest:
         message = known.get(first["type"], first["msg"])
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
         raise PackageError(f"{MANIFEST}: {field + ': ' if field else ''}{message}{more}") from None
-    if manifest.session_config != SESSION_CONFIG:
+    if manifest.session_config not in (SESSION_CONFIG, SESSION_CONFIG | WITHOUT_VNNI):
         raise PackageError(
             f"{MANIFEST}: session_config is {manifest.session_config}, "
             f"the model needs {SESSION_CONFIG}"

@@ -1,15 +1,16 @@
 """Run ONNX files: open a session, run batches, measure latency, read the kernels that ran.
 
-Every session of onnxruntime opens with ``SESSION_CONFIG``. Left alone, it quantizes float layers
+Every session of onnxruntime opens with ``session_config()``. Left alone, it quantizes float layers
 that sit between int8 layers (WeightBiasQuantization), so that the artifact would no longer be
 what its candidate says; and it turns MatMul + Add into a Gemm whose float bias keeps it from
-running in int8 (MatMulAddFusion). On x86 without VNNI instructions its products of uint8 with int8
-weights saturate at 16 bits; ``session.x64quantprecision`` has it take uint8 weights there, which
-are right, and does nothing elsewhere.
+running in int8 (MatMulAddFusion). On x86 without VNNI instructions its sums of uint8 × int8
+products saturate at 16 bits: there it is told to take uint8 weights, which are right. Elsewhere
+that would only make it slow.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 import tempfile
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from onnx import TensorProto, helper
 
 from autoquant.errors import ModelError
 from autoquant.result import Latency
@@ -31,9 +33,34 @@ if TYPE_CHECKING:
     import onnxruntime
 
 SESSION_CONFIG = {
-    "optimization.disable_specified_optimizers": "WeightBiasQuantization;MatMulAddFusion",
-    "session.x64quantprecision": "1",
+    "optimization.disable_specified_optimizers": "WeightBiasQuantization;MatMulAddFusion"
 }
+WITHOUT_VNNI = {"session.x64quantprecision": "1"}  # beside the others, where `saturates`
+
+
+@functools.cache
+def saturates() -> bool:
+    """Whether onnxruntime's sums of uint8 × int8 products overflow 16 bits on this processor."""
+    import onnxruntime as ort
+
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [helper.make_node("MatMulInteger", ["x", "w"], ["y"])],
+        "saturates",
+        [value("x", TensorProto.UINT8, [1, 2])],
+        [value("y", TensorProto.INT32, [1, 1])],
+        [helper.make_tensor("w", TensorProto.INT8, [2, 1], [127, 127])],
+    )
+    opset = helper.make_opsetid("", 13)
+    model = helper.make_model(graph, ir_version=10, opset_imports=[opset])
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"x": np.full((1, 2), 255, np.uint8)})
+    return bool(found.item() != 2 * 255 * 127)
+
+
+def session_config() -> dict[str, str]:
+    """The session options with which onnxruntime runs artifacts as they say on this processor."""
+    return SESSION_CONFIG | (WITHOUT_VNNI if saturates() else {})
 
 
 class Session(Protocol):
@@ -128,7 +155,7 @@ class OnnxRuntime:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 4
-        for key, value in SESSION_CONFIG.items():
+        for key, value in session_config().items():
             options.add_session_config_entry(key, value)
         options.add_session_config_entry("session.intra_op.allow_spinning", "1")
         # Or a session's threads would go on spinning on the cores that the next one is timed on.

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoquant.candidate import Candidate
 from autoquant.errors import RunError
-from autoquant.runtime import SESSION_CONFIG
+from autoquant.runtime import session_config
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -330,7 +330,7 @@ class MlflowTracker:
                     _checked(onnx.load(folder / member["artifact"])),
                     str(path),
                     onnx_execution_providers=["CPUExecutionProvider"],
-                    onnx_session_options={"extra_session_config": dict(SESSION_CONFIG)},
+                    onnx_session_options={"extra_session_config": session_config()},
                     pip_requirements=[f"{p}=={version(p)}" for p in ("onnx", "onnxruntime")],
                     metadata={"key": str(member["key"])},
                 )

@@ -250,7 +250,7 @@ def check_registered(uri: str, run: Front) -> None:
     import mlflow
     import numpy as np
 
-    from autoquant.runtime import SESSION_CONFIG, OnnxRuntime
+    from autoquant.runtime import OnnxRuntime, session_config
 
     assert run.folder is not None
     knee = run.knee()
@@ -262,7 +262,7 @@ def check_registered(uri: str, run: Front) -> None:
     finally:
         mlflow.set_tracking_uri(before)
     options = loaded.metadata.flavors["onnx"]["onnx_session_options"]
-    assert options["extra_session_config"] == SESSION_CONFIG
+    assert options["extra_session_config"] == session_config()
     with np.load(run.folder / "inputs.npz") as file:
         inputs = {name: file[name] for name in file.files}
     session = OnnxRuntime().open(run.folder / str(knee.artifact))

@@ -24,7 +24,7 @@ import autoquant
 from autoquant.errors import RunError
 from autoquant.front import Front, Member
 from autoquant.result import TrialResult
-from autoquant.runtime import SESSION_CONFIG, OnnxRuntime
+from autoquant.runtime import OnnxRuntime, session_config
 from autoquant.tracking import (
     MlflowTracker,
     _free_port,
@@ -291,7 +291,7 @@ def test_a_search_is_tracked_by_a_server_and_the_chosen_member_loads_back(
         assert chosen_trial(client) == m.trial
         loaded = mlflow.pyfunc.load_model("models:/small@chosen")
         config = loaded._model_impl.rt.get_session_options()
-        for key, value in SESSION_CONFIG.items():
+        for key, value in session_config().items():
             assert config.get_session_config_entry(key) == value
         ours = OnnxRuntime().open(found.folder / m.artifact).run([images])[0]
         np.testing.assert_array_equal(loaded.predict({"x": images})["y"], ours)

@@ -596,7 +596,7 @@ class _Writer:
         scale = np.asarray(entry.scale if per_channel else entry.scale[0])
         axis = {"axis": layer.channel_axis} if per_channel else {}
         # Without a zero point onnxruntime does not fuse Gemm. It is the weight's own: where uint8
-        # weights are to be taken (SESSION_CONFIG), onnxruntime makes another of each in its place.
+        # weights are to be taken (WITHOUT_VNNI), onnxruntime makes another of each in its place.
         zero = self._named(f"{weight}.z", np.zeros(scale.shape, np.int8))
         inputs = [weight, self._named(f"{weight}.s", scale), zero]
         self._node("DequantizeLinear", inputs, name, **axis)
