@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 
 import numpy as np
+import onnx
 import pytest
 from conftest import NETWORKS, build, node
 from contracts.runtime import RuntimeContract
@@ -97,6 +98,19 @@ def test_rounds_are_interleaved() -> None:
 def test_time_is_spent_within_the_bounds_on_rounds() -> None:
     found = measure({"a": Recorder("a", [])}, [np.zeros(1)], threads=1, seconds=10.0, max_rounds=30)
     assert found["a"].rounds == 30
+
+
+def test_sums_of_int8_products_do_not_saturate() -> None:
+    """Nor without VNNI, where they would unless told not to."""
+    nodes = [
+        node("DynamicQuantizeLinear", ["x"], ["q", "scale", "zero"]),
+        node("MatMulInteger", ["q", "w", "zero", "none"], ["sum"]),
+        node("Cast", ["sum"], ["y"], to=onnx.TensorProto.FLOAT),
+    ]
+    weights = {"w": np.full((8, 3), 127, np.int8), "none": np.zeros((), np.int8)}
+    model = build(nodes, weights, {"x": ["N", 8]}, ["y"])
+    found = OnnxRuntime().open(model.SerializeToString()).run([np.full((2, 8), 255, np.float32)])
+    np.testing.assert_array_equal(found[0], 8 * 255 * 127)
 
 
 def test_kernels_are_those_that_run() -> None:
