@@ -5,8 +5,9 @@
 For each network: every estimator's table and its processor time; Spearman's correlation of its
 sums with the divergence (mean KL from float) and the drop in top-1 measured on the validation
 split, over candidates from the estimators' own curves with random moves; and the measured
-figures of its solutions at budgets of average weight bits. Then processor times of the solver:
-a curve by dynamic programming, and 200 layers × 8 choices by HiGHS. Needs AUTOQUANT_DATA.
+figures of its solutions at budgets of average weight bits. Beside them processor times of the
+solver, a curve by dynamic programming and 200 layers × 8 choices by HiGHS, and what a prior takes
+for a network of 62 layers. Needs AUTOQUANT_DATA.
 """
 
 from __future__ import annotations
@@ -118,6 +119,26 @@ def measure(case: str, seed: int = 0) -> dict[str, Any]:
     }
 
 
+def deep() -> dict[str, Any]:
+    """What Fisher's prior and a curve take for a ResNet of 62 layers, whose weights are random."""
+    import cifar10
+
+    task = cifar10.resnet62()
+    space = Space(name="benchmark", rules=(Rule(weight_bits=WIDTHS, activation_bits=(8,)),))
+    context = prepare(task, space=space, latency=False)
+    start = time.perf_counter()
+    found, spent = clocked(estimate, context, task, estimator="fisher")
+    wall = time.perf_counter() - start
+    cost = context.additive_cost("size_bytes")
+    _, curve_spent = clocked(curve, context.choices, found.table, cost, 14)
+    return {
+        "layers": len(context.choices),
+        "fisher_seconds": round(wall, 2),
+        "fisher_processor_seconds": round(spent, 2),
+        "curve_processor_ms": round(1e3 * curve_spent, 2),
+    }
+
+
 def bits(context: Context, average: float) -> float:
     """Bytes of all weights at an average width."""
     return average / 8 * sum(context.graph.by_name[n].parameters for n in context.choices)
@@ -206,12 +227,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cases", nargs="*", default=list(CASES))
     options = parser.parse_args()
-    solver = exact()
+    solver, layers = exact(), deep()
+    print(json.dumps(layers), flush=True)
     path = RESULTS / "priors.json"
     found = json.loads(path.read_text())["networks"] if path.is_file() else {}
     for case in options.cases:  # each is kept as soon as it is there
         found[case] = measure(case)
-        record("priors", {"networks": found, "exact": solver})
+        record("priors", {"networks": found, "exact": solver, "resnet62": layers})
 
 
 if __name__ == "__main__":

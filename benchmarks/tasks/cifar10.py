@@ -27,6 +27,18 @@ def resnet20(seed: int = 0) -> Task:
     return _task("resnet20", network.load(20), prepare, seed)
 
 
+def resnet62(seed: int = 0) -> Task:
+    """62 layers with random weights, for times alone."""
+    network = loader("resnet_cifar10")
+
+    def prepare(images: Array) -> Array:
+        x: Array = network.preprocess(images).numpy()
+        return x
+
+    torch.manual_seed(seed)
+    return _task("resnet62", network.resnet(62).eval(), prepare, seed)
+
+
 def resnet20_data(seed: int = 0) -> Task:
     """ResNet-20's data, to go with an ONNX file of it."""
     return resnet20(seed)
