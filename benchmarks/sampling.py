@@ -468,16 +468,17 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where scores are kept; default temporary")
     parser.add_argument("--no-synthetic", action="store_true")
     options = parser.parse_args()
-    result: dict[str, object] = known()
+    found: dict[str, dict[str, object]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         for name in options.networks:
-            found = {**known().get(name, {}), **network(name, options, folder)}
-            result[name] = found
-            print(json.dumps({name: found}), flush=True)
+            found[name] = network(name, options, folder)
+            print(json.dumps({name: found[name]}), flush=True)
+    more: dict[str, object] = {}
     if not options.no_synthetic:
-        result["synthetic"] = synthetic(options)
-        result["ask_ms_at_2000_trials"] = ask_ms()
+        more = {"synthetic": synthetic(options), "ask_ms_at_2000_trials": ask_ms()}
+    before = known()  # now, since other runs may have written meanwhile
+    result = {**before, **{n: {**before.get(n, {}), **v} for n, v in found.items()}, **more}
     missed = [x for name in NETWORKS if name in result for x in behind(name, result[name])]
     asked = result.get("ask_ms_at_2000_trials", 0.0)
     if asked > 60:

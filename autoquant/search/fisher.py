@@ -185,13 +185,13 @@ class _Tape:
         version = x._version
 
         def add(gradient: torch.Tensor) -> None:
-            weight = gradient.square()
+            weight = gradient.square().reshape(-1)
             if x._version != version:
                 self.lost.add(found.layer.name)
             with torch.no_grad():
                 for part, change in self.changes[found.layer.name].items():
                     gap = _gap(found, x, change)
-                    error = 0.5 * (gap.square_() * weight).sum(dtype=torch.float64).item()
+                    error = 0.5 * torch.dot(gap.square_().reshape(-1), weight).item()
                     self.sums[found.layer.name][part] += error
 
         output.register_hook(add)
