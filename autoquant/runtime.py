@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from onnx import TensorProto, helper
 
 from autoquant.errors import ModelError
 from autoquant.result import Latency
@@ -42,6 +41,7 @@ WITHOUT_VNNI = {"session.x64quantprecision": "1"}  # beside the others, where `s
 def saturates() -> bool:
     """Whether onnxruntime's sums of uint8 × int8 products overflow 16 bits on this processor."""
     import onnxruntime as ort
+    from onnx import TensorProto, helper
 
     value = helper.make_tensor_value_info
     graph = helper.make_graph(

@@ -6,6 +6,7 @@ Validation is ``test[:2000]``, test is ``test[2000:]``; 512 training images cali
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -19,24 +20,22 @@ VALIDATION, CALIBRATION, BATCH = 2000, 512, 250
 def resnet20(seed: int = 0) -> Task:
     """ResNet-20 (269,722 parameters): float 91.55 on validation, 91.78 on test, 91.73 on all."""
     network = loader("resnet_cifar10")
-
-    def prepare(images: Array) -> Array:
-        x: Array = network.preprocess(images).numpy()
-        return x
-
-    return _task("resnet20", network.load(20), prepare, seed)
+    return _resnet("resnet20", network.load(20), network, seed)
 
 
 def resnet62(seed: int = 0) -> Task:
     """62 layers with random weights, for times alone."""
     network = loader("resnet_cifar10")
+    torch.manual_seed(seed)
+    return _resnet("resnet62", network.resnet(62).eval(), network, seed)
 
+
+def _resnet(name: str, model: torch.nn.Module, network: ModuleType, seed: int) -> Task:
     def prepare(images: Array) -> Array:
         x: Array = network.preprocess(images).numpy()
         return x
 
-    torch.manual_seed(seed)
-    return _task("resnet62", network.resnet(62).eval(), prepare, seed)
+    return _task(name, model, prepare, seed)
 
 
 def resnet20_data(seed: int = 0) -> Task:
